@@ -1,0 +1,1 @@
+"""Router-Tuning: routers that let a pretrained decoder skip whole branches."""
