@@ -1,0 +1,1 @@
+"""Measuring what a checkpoint does: quality, speed, memory."""

@@ -1,0 +1,1 @@
+"""The routed models: settings, routers, execution, and the checkpoints that hold them."""

@@ -1,0 +1,345 @@
+"""Llama, Mistral, Qwen2 and Qwen3 with routers: three mixins over transformers' classes, one class set for each.
+
+The decoder layers of these architectures have the same body, so one layer mixin serves all; attention, MLP, norms,
+masks and rotary embeddings are transformers' own. This file travels inside every checkpoint, with its siblings.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.utils import can_return_tuple
+
+from .configuration_mod import (
+    EXECUTIONS,
+    MoDLlamaConfig,
+    MoDMistralConfig,
+    MoDQwen2Config,
+    MoDQwen3Config,
+    check_choice,
+)
+from .execution_mod import SPARSE_GRANULARITIES, default_execution, dense_forward, sparse_forward
+from .routing_mod import MoDRouter, Routing, decide
+
+
+@dataclass
+class MoDCausalLMOutput(CausalLMOutputWithPast):
+    """A causal language model's output and what its routers decided.
+
+    Args:
+        router_scores: `R(x)`, float32 [routed layers, batch] or [routed layers, batch, tokens]; carries gradient.
+        router_gates: `M`, same shape, exactly 0 or 1; carries the straight-through gradient. None if routing is off.
+    """
+
+    router_scores: torch.Tensor | None = None
+    router_gates: torch.Tensor | None = None
+
+
+class MoDDecoderLayerMixin:
+    """Over a pre-norm decoder layer: adds a router that decides whether a branch is executed."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.mod_settings = config.mod_settings
+        self.router = MoDRouter(config.hidden_size)
+
+    def route(self, normed: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Decide on the normed input [batch, tokens, hidden_size], record it in `routing` and return the gates."""
+        settings = self.mod_settings
+        scores, gates = decide(self.router, normed, settings.level, settings.threshold, routing.token_mask)
+        routing.scores[self.layer_idx], routing.gates[self.layer_idx] = scores, gates
+        return gates
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        routing: Routing | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Run the layer on `hidden_states` [batch, tokens, hidden_size]; the rest as the base layer takes it."""
+        attention_kwargs = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "position_embeddings": position_embeddings,
+            **kwargs,
+        }
+        if not routing.enabled:
+            return super().forward(hidden_states, **attention_kwargs)
+        run = sparse_forward if routing.sparse else dense_forward
+        return run(self, hidden_states, routing, attention_kwargs)
+
+
+class MoDPreTrainedMixin:
+    """What inner model and language model share: routers start at zero, and stay float32 in a low-precision load."""
+
+    _keep_in_fp32_modules_strict = [r"layers\.\d+\.router"]
+    _keys_to_ignore_on_load_missing = [r"layers\.\d+\.router\.weight$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, MoDRouter):
+            init.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load as transformers does, but refuse a checkpoint that lacks a base weight or holds an unknown one.
+
+        A missing router is no error: it starts at zero, which keeps every input.
+
+        Raises:
+            ValueError: a weight is missing or unknown; the message names it.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing", "unexpected"):
+            names = sorted(info[f"{problem}_keys"])
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ValueError(f"the checkpoint has {problem} weights: {', '.join(names[:3])}{more}")
+        return (model, info) if output_loading_info else model
+
+    def router_modules(self) -> dict[int, MoDRouter]:
+        """Return layer index -> router, ascending."""
+        layers = self.get_decoder().layers
+        return {index: layers[index].router for index in self.config.mod_settings.layers}
+
+    def make_routing(
+        self, attention_mask: Any, tokens: int, past_key_values, use_cache: bool | None, execution: str | None
+    ) -> Routing:
+        """Prepare the routing of one forward over `tokens` new positions; see `MoDForCausalLMMixin.forward`."""
+        settings = self.config.mod_settings
+        if use_cache or past_key_values is not None:
+            raise ValueError("a routed model has no KV cache yet: pass use_cache=False (also to generate)")
+        if execution is None:
+            execution = default_execution(settings, self.training)
+        check_choice("execution", execution, EXECUTIONS)
+        if execution == "sparse" and settings.granularity not in SPARSE_GRANULARITIES:
+            raise ValueError(f"execution 'sparse' is not there for {settings.granularity} yet: use 'dense'")
+        token_mask = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            token_mask = attention_mask[:, -tokens:].bool()
+        elif attention_mask is not None and settings.level == "sequence":
+            raise ValueError("a decision for each sequence needs the 2D attention_mask [batch, tokens], or none")
+        return Routing(token_mask=token_mask, sparse=execution == "sparse")
+
+
+class MoDModelMixin(MoDPreTrainedMixin):
+    """Over the inner model: puts routed layers in place of the plain ones."""
+
+    decoder_layer_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index in config.mod_settings.layers:
+            self.layers[index] = self.decoder_layer_class(config, index)
+        self.post_init()
+
+    def get_decoder(self):
+        return self
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        routing: Routing | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Return the last hidden states, [batch, tokens, hidden_size]; `routing` is made here if it isn't given."""
+        if routing is None:
+            tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            routing = self.make_routing(attention_mask, tokens, past_key_values, use_cache, execution=None)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache if not routing.enabled else False,
+            routing=routing,
+            **kwargs,
+        )
+
+
+class MoDForCausalLMMixin(MoDPreTrainedMixin):
+    """Over the causal language model: carries the routing through the forward and returns what was decided."""
+
+    model_class: type
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)  # in place of the plain one that the base class has just made
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        route: bool = True,
+        execution: str | None = None,
+        **kwargs,
+    ) -> MoDCausalLMOutput | CausalLMOutputWithPast:
+        """Run the language model, as transformers' `forward` with two more keywords.
+
+        Args:
+            input_ids: int64 [batch, tokens], or `inputs_embeds` [batch, tokens, hidden_size].
+            attention_mask: [batch, tokens], 1 for real tokens; None where there is no padding.
+            labels: int64 [batch, tokens], -100 where unsupervised.
+            route: False runs the dense base model, as if every input were kept.
+            execution: `dense` or `sparse`; default dense in training, sparse otherwise where it is implemented.
+
+        Returns:
+            `MoDCausalLMOutput` with logits [batch, tokens, vocabulary].
+
+        Raises:
+            ValueError: a KV cache is asked for, the execution is unknown or missing for the granularity, or a
+                sequence decision would have to guess the padding from a mask that isn't 2D.
+        """
+        if route:
+            tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            routing = self.make_routing(attention_mask, tokens, past_key_values, use_cache, execution)
+            use_cache = False
+        else:
+            routing = Routing(token_mask=None, sparse=False, enabled=False)
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            routing=routing,
+            **(kwargs | {"return_dict": True}),
+        )
+        if not routing.enabled:
+            return output
+        layers = self.config.mod_settings.layers
+        return MoDCausalLMOutput(
+            **output,
+            router_scores=torch.stack([routing.scores[index] for index in layers]),
+            router_gates=torch.stack([routing.gates[index] for index in layers]),
+        )
+
+
+class MoDLlamaDecoderLayer(MoDDecoderLayerMixin, LlamaDecoderLayer):
+    """A Llama layer with a router."""
+
+
+class MoDLlamaModel(MoDModelMixin, LlamaModel):
+    """Llama without its head, with routers."""
+
+    config_class = MoDLlamaConfig
+    decoder_layer_class = MoDLlamaDecoderLayer
+    _no_split_modules = ["LlamaDecoderLayer", "MoDLlamaDecoderLayer"]
+
+
+class MoDLlamaForCausalLM(MoDForCausalLMMixin, LlamaForCausalLM):
+    """Llama with routers."""
+
+    config_class = MoDLlamaConfig
+    model_class = MoDLlamaModel
+
+
+class MoDMistralDecoderLayer(MoDDecoderLayerMixin, MistralDecoderLayer):
+    """A Mistral layer with a router."""
+
+
+class MoDMistralModel(MoDModelMixin, MistralModel):
+    """Mistral without its head, with routers."""
+
+    config_class = MoDMistralConfig
+    decoder_layer_class = MoDMistralDecoderLayer
+    _no_split_modules = ["MistralDecoderLayer", "MoDMistralDecoderLayer"]
+
+
+class MoDMistralForCausalLM(MoDForCausalLMMixin, MistralForCausalLM):
+    """Mistral with routers."""
+
+    config_class = MoDMistralConfig
+    model_class = MoDMistralModel
+
+
+class MoDQwen2DecoderLayer(MoDDecoderLayerMixin, Qwen2DecoderLayer):
+    """A Qwen2 layer with a router."""
+
+
+class MoDQwen2Model(MoDModelMixin, Qwen2Model):
+    """Qwen2 without its head, with routers."""
+
+    config_class = MoDQwen2Config
+    decoder_layer_class = MoDQwen2DecoderLayer
+    _no_split_modules = ["Qwen2DecoderLayer", "MoDQwen2DecoderLayer"]
+
+
+class MoDQwen2ForCausalLM(MoDForCausalLMMixin, Qwen2ForCausalLM):
+    """Qwen2 with routers."""
+
+    config_class = MoDQwen2Config
+    model_class = MoDQwen2Model
+
+
+class MoDQwen3DecoderLayer(MoDDecoderLayerMixin, Qwen3DecoderLayer):
+    """A Qwen3 layer with a router."""
+
+
+class MoDQwen3Model(MoDModelMixin, Qwen3Model):
+    """Qwen3 without its head, with routers."""
+
+    config_class = MoDQwen3Config
+    decoder_layer_class = MoDQwen3DecoderLayer
+    _no_split_modules = ["Qwen3DecoderLayer", "MoDQwen3DecoderLayer"]
+
+
+class MoDQwen3ForCausalLM(MoDForCausalLMMixin, Qwen3ForCausalLM):
+    """Qwen3 with routers."""
+
+    config_class = MoDQwen3Config
+    model_class = MoDQwen3Model
+
+
+for _config_class, _model_class in (
+    (MoDLlamaConfig, MoDLlamaForCausalLM),
+    (MoDMistralConfig, MoDMistralForCausalLM),
+    (MoDQwen2Config, MoDQwen2ForCausalLM),
+    (MoDQwen3Config, MoDQwen3ForCausalLM),
+):
+    # `save_pretrained` then writes `auto_map` and copies these files into the checkpoint
+    _config_class.register_for_auto_class()
+    _model_class.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,99 @@
+"""The routing decision: router, pooling, threshold, straight-through estimator.
+
+`R(x) = sigmoid(W x)` (Eq. 1), `M = 1 where R(x) >= threshold, else 0` (Eq. 2), `dM/dR = 1` (Eq. 4). All of it in
+float32, whatever the dtype of the model: in bfloat16 a small negative logit would round to "keep". This file travels
+inside every checkpoint.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Routing:
+    """What one forward's layers need to route, and what they decided. Made for each forward, kept by nobody.
+
+    Args:
+        token_mask: bool [batch, tokens], True for real tokens; None where there is no padding.
+        sparse: leave out what is not kept, rather than compute it and multiply by zero.
+        enabled: False runs the dense base model, as if every input were kept.
+        scores: layer index -> `R(x)`, float32, [batch] (sequence level) or [batch, tokens] (token level).
+        gates: layer index -> `M`, same shape and dtype as the scores, exactly 0 or 1, with the straight-through
+            gradient in training.
+    """
+
+    token_mask: torch.Tensor | None
+    sparse: bool
+    enabled: bool = True
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    gates: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class MoDRouter(nn.Linear):
+    """Score an input: hidden size to one logit, no bias, float32 (Eq. 1). Starts at zero, which keeps everything."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(torch.bfloat16)` and the like move the weight and leave it float32
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return result if result.dtype == torch.float32 else tensor.to(result.device)
+
+        return super()._apply(keep_float32, recurse)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the logits, float32 [...], for `hidden_states` [..., hidden_size] of any floating dtype."""
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float()).squeeze(-1)
+
+
+def mean_over_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Average over the real tokens of each sequence, in float32 (Section 3.1, sequence level).
+
+    Args:
+        hidden_states: [batch, tokens, hidden_size].
+        token_mask: bool [batch, tokens], or None for all tokens.
+
+    Returns:
+        float32 [batch, hidden_size]; zero for a row without a real token.
+    """
+    hidden_states = hidden_states.float()
+    if token_mask is None:
+        return hidden_states.mean(dim=1)
+    weights = token_mask.to(hidden_states.dtype)  # [batch, tokens]
+    # `where` and not a product: what stands at a padding position may be anything, infinities too
+    total = torch.where(token_mask.unsqueeze(-1), hidden_states, 0.0).sum(dim=1)
+    return total / weights.sum(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def straight_through(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return `M`: 1.0 where `scores >= threshold`, else 0.0, with the gradient of `scores` (Eq. 2 and 4)."""
+    gates = (scores >= threshold).to(scores.dtype)
+    return gates + (scores - scores.detach()) if scores.requires_grad else gates
+
+
+def decide(
+    router: MoDRouter, hidden_states: torch.Tensor, level: str, threshold: float, token_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the inputs of a layer and threshold the scores.
+
+    Args:
+        router: the layer's router.
+        hidden_states: [batch, tokens, hidden_size], the normed input of what is gated.
+        level: `sequence` (one decision for a row, from the mean of its real tokens) or `token`.
+        threshold: an input is kept where its score is at least this.
+        token_mask: bool [batch, tokens], or None for all tokens.
+
+    Returns:
+        scores and gates, float32, each [batch] for `sequence` and [batch, tokens] for `token`.
+    """
+    inputs = mean_over_tokens(hidden_states, token_mask) if level == "sequence" else hidden_states
+    scores = torch.sigmoid(router(inputs))
+    return scores, straight_through(scores, threshold)

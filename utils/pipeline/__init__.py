@@ -1,0 +1,1 @@
+"""Training: arguments, losses, the trainer and its callbacks."""
