@@ -98,6 +98,7 @@ class MoDPreTrainedMixin:
 
     _keep_in_fp32_modules_strict = [r"layers\.\d+\.router"]
     _keys_to_ignore_on_load_missing = [r"layers\.\d+\.router\.weight$"]
+    _keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.router\.weight$"]  # of a layer that `mod.layers` leaves out
 
     @torch.no_grad()
     def _init_weights(self, module):

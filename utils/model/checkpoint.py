@@ -1,0 +1,383 @@
+"""Build, save and load MoD checkpoints and router files (the layout is in the README, "Checkpoints").
+
+A checkpoint is one directory: the base's `config.json` with the object `mod`, the base's weights (linked, not copied,
+where the file system allows) as `base*.safetensors`, the routers alone as `routers.safetensors`, an index over both,
+the tokenizer, and the `*_mod.py` files that let transformers load it without this repository. The index is written
+last: a directory without it is not a checkpoint.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+
+from utils.io.errors import UserError
+from utils.io.files import atomic_file, link_or_copy, write_json
+
+from .configuration_mod import MoDSettings, routed_layers
+from .modeling_mod import MoDLlamaForCausalLM, MoDMistralForCausalLM, MoDQwen2ForCausalLM, MoDQwen3ForCausalLM
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES = {
+    "llama": MoDLlamaForCausalLM,
+    "mistral": MoDMistralForCausalLM,
+    "qwen2": MoDQwen2ForCausalLM,
+    "qwen3": MoDQwen3ForCausalLM,
+}
+"""Base model type -> routed model class."""
+
+ROUTERS_FILE = "routers.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ROUTER_NAME = re.compile(r"^model\.layers\.(\d+)\.router\.weight$")
+IGNORED_NAME = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old base checkpoints hold and transformers drops
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
+    *("generation_config.json", "LICENSE*", "NOTICE*"),
+)
+"""Files that go from base to checkpoint unchanged."""
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """Return the `config.json` of a model directory.
+
+    Raises:
+        UserError: there is no such directory or file, or it is not JSON.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such model directory")
+    path = directory / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory}: not a model directory, it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def is_mod(config: dict[str, Any]) -> bool:
+    """Tell whether a `config.json` is a MoD checkpoint's."""
+    return str(config.get("model_type", "")).startswith("mod_")
+
+
+def model_class_for(config: dict[str, Any]) -> type:
+    """Return the routed model class for a dense or MoD `config.json`; raises `UserError` for other architectures."""
+    base_type = str(config.get("model_type", "")).removeprefix("mod_")
+    if base_type not in ARCHITECTURES:
+        raise UserError(f"model type {base_type!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[base_type]
+
+
+def make_settings(
+    config: dict[str, Any],
+    mod_n: int | None = None,
+    granularity: str | None = None,
+    threshold: float | None = None,
+    target_capacity: float | None = None,
+    base_model: str | None = None,
+) -> MoDSettings:
+    """Return the settings for a model, from its `config.json` and from whatever is given here instead.
+
+    Args:
+        config: a dense model's or a MoD checkpoint's `config.json`; what a dense one lacks is the paper's default:
+            half of the layers, `attn_sequence`, threshold 0.5.
+        mod_n: number of routed layers, counted from the deepest but one.
+
+    Raises:
+        UserError: a value is out of range or unknown.
+    """
+    try:
+        if is_mod(config):
+            settings = MoDSettings.from_dict(config.get("mod"))
+        else:
+            depth = config["num_hidden_layers"]
+            settings = MoDSettings("attn_sequence", tuple(routed_layers(depth, max(1, depth // 2))))
+        given = {
+            "layers": None if mod_n is None else tuple(routed_layers(config["num_hidden_layers"], mod_n)),
+            "granularity": granularity,
+            "threshold": threshold,
+            "target_capacity": target_capacity,
+            "base_model": base_model,
+        }
+        return replace(settings, **{name: value for name, value in given.items() if value is not None})
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def router_name(layer: int) -> str:
+    """Return the name of a layer's router weight in a checkpoint."""
+    return f"model.layers.{layer}.router.weight"
+
+
+def weight_map(directory: str | Path) -> dict[str, str]:
+    """Return weight name -> file name for all safetensors weights of a model directory.
+
+    Raises:
+        UserError: there are none, or the index names a file that isn't there.
+    """
+    directory = Path(directory)
+    index, single = directory / INDEX_FILE, directory / "model.safetensors"
+    if index.exists():
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    elif single.exists():
+        with _open_safetensors(single) as file:
+            mapping = dict.fromkeys(file.keys(), single.name)
+    else:
+        raise UserError(f"{directory}: no model.safetensors and no {INDEX_FILE}; only safetensors weights are read")
+    lost = sorted(name for name in set(mapping.values()) if not (directory / name).exists())
+    if lost:
+        raise UserError(f"{directory}: {INDEX_FILE} names {lost[0]}, which is not there")
+    return mapping
+
+
+def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[str, str]:
+    """Compare names and shapes of a base's weights with what its architecture needs; reads headers only.
+
+    Returns:
+        Name -> file name of the base's weights, without routers.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape; the message names it.
+    """
+    directory = Path(directory)
+    model = _meta_model(config, make_settings(config))
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if not ROUTER_NAME.match(name)}
+    found = {n: f for n, f in weight_map(directory).items() if not ROUTER_NAME.match(n) and not IGNORED_NAME.search(n)}
+    tied = set(model.all_tied_weights_keys)
+    _refuse(directory, "lacks the weight", sorted(set(expected) - set(found) - tied))
+    _refuse(directory, "has the unknown weight", sorted(set(found) - set(expected)))
+    for file_name in sorted(set(found.values())):
+        with _open_safetensors(directory / file_name) as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                if name in found and tuple(file.get_slice(name).get_shape()) != expected[name]:
+                    shape = list(file.get_slice(name).get_shape())
+                    raise UserError(f"{directory}: {name} has shape {shape}, expected {list(expected[name])}")
+    return found
+
+
+def save_routers(path: str | Path, routers: dict[str, torch.Tensor], settings: MoDSettings) -> None:
+    """Write routers alone, float32, atomically; the file says what they are for."""
+    metadata = {"format": "pt", "granularity": settings.granularity, "layers": json.dumps(list(settings.layers))}
+    tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in routers.items()}
+    with atomic_file(path, "wb") as file:
+        file.write(to_safetensors(tensors, metadata))
+
+
+def load_routers(model: torch.nn.Module, path: str | Path) -> None:
+    """Load a router file, or the router file of a directory, into `model`.
+
+    Raises:
+        UserError: there is no such file, or it is for other layers, another granularity or another hidden size.
+    """
+    path = Path(path)
+    file_path = path / ROUTERS_FILE if path.is_dir() else path
+    if not file_path.is_file():
+        raise UserError(f"{path}: no {ROUTERS_FILE} there to start from")
+    settings = model.config.mod_settings
+    with _open_safetensors(file_path) as file:
+        granularity = (file.metadata() or {}).get("granularity")
+        routers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if granularity not in (None, settings.granularity):
+        raise UserError(f"{file_path}: routers for {granularity}, but this run routes {settings.granularity}")
+    expected = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
+    if set(routers) != set(expected):
+        raise UserError(f"{file_path}: routers for layers {_layers(routers)}, but this run routes {_layers(expected)}")
+    for name, weight in expected.items():
+        if routers[name].shape != weight.shape:
+            got, want = list(routers[name].shape), list(weight.shape)
+            raise UserError(f"{file_path}: {name} has shape {got}, expected {want}: it is another model's")
+        with torch.no_grad():
+            weight.copy_(routers[name])
+
+
+def build_mod_checkpoint(
+    base_dir: str | Path, output_dir: str | Path, settings: MoDSettings, copy_base: bool = False
+) -> str:
+    """Write the MoD checkpoint of a dense base, its routers at zero.
+
+    Args:
+        base_dir: a dense checkpoint with safetensors weights.
+        output_dir: made if it is not there; may hold a `config.json`, which is replaced.
+        copy_base: copy the base's weights instead of linking them.
+
+    Returns:
+        How the base's weights got there: `hard link`, `symbolic link` or `copy`.
+
+    Raises:
+        UserError: the base is not one that is supported, is a MoD checkpoint itself, or its weights don't fit.
+    """
+    config = read_config(base_dir)
+    if is_mod(config):
+        raise UserError(f"{base_dir}: already a MoD checkpoint; name its dense base instead")
+    size = config["hidden_size"]
+    routers = {router_name(layer): torch.zeros(1, size) for layer in settings.layers}
+    return write_checkpoint(output_dir, base_dir, settings, routers, copy_base=copy_base)
+
+
+def write_checkpoint(
+    output_dir: str | Path,
+    source_dir: str | Path,
+    settings: MoDSettings,
+    routers: dict[str, torch.Tensor],
+    copy_base: bool = False,
+    trained_base: dict[str, torch.Tensor] | None = None,
+) -> str:
+    """Write a MoD checkpoint into `output_dir`, which may hold other files; the index comes last.
+
+    Args:
+        source_dir: a dense or MoD checkpoint that the base's weights, config and tokenizer are taken from.
+        routers: contract name -> float32 [1, hidden_size].
+        trained_base: all other weights, where they were trained too; written instead of linked.
+
+    Returns:
+        How the base's weights got there: `hard link`, `symbolic link`, `copy` or `trained weights`.
+    """
+    source_dir, output_dir = Path(source_dir), Path(output_dir)
+    source_config = read_config(source_dir)
+    base_files = check_base_weights(source_dir, source_config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / INDEX_FILE).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=output_dir) as temporary:
+        staged = Path(temporary)
+        if trained_base is None:
+            mapping, how = _link_base(source_dir, staged, base_files, copy_base)
+        else:
+            names = {name: tensor for name, tensor in trained_base.items() if name in base_files}
+            mapping, how = _save_base(staged, names), "trained weights"
+        save_routers(staged / ROUTERS_FILE, routers, settings)
+        for path in _companions(source_dir):
+            shutil.copyfile(path, staged / path.name)
+        for path in sorted(Path(__file__).parent.glob("*_mod.py")):
+            shutil.copyfile(path, staged / path.name)
+        write_json(staged / "config.json", mod_config(source_config, settings))
+        size = sum((staged / name).stat().st_size for name in {*mapping.values(), ROUTERS_FILE})
+        mapping |= dict.fromkeys(routers, ROUTERS_FILE)
+        write_json(staged / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": dict(sorted(mapping.items()))})
+        for path in sorted(staged.iterdir(), key=lambda path: path.name == INDEX_FILE):
+            os.replace(path, output_dir / path.name)
+    return how
+
+
+def mod_config(source_config: dict[str, Any], settings: MoDSettings) -> dict[str, Any]:
+    """Return the `config.json` of a MoD checkpoint: the base's fields unchanged, plus what makes it one."""
+    model_class = model_class_for(source_config)
+    return {
+        **source_config,
+        "model_type": model_class.config_class.model_type,
+        "auto_map": {
+            "AutoConfig": f"configuration_mod.{model_class.config_class.__name__}",
+            "AutoModelForCausalLM": f"modeling_mod.{model_class.__name__}",
+        },
+        "mod": settings.to_dict(),
+    }
+
+
+def load_mod_model(directory: str | Path, settings: MoDSettings | None = None, **kwargs: Any) -> torch.nn.Module:
+    """Load a MoD checkpoint, or a dense base with routers at zero.
+
+    Args:
+        directory: MoD or dense checkpoint.
+        settings: routes these layers at this granularity instead of what the checkpoint says.
+        **kwargs: passed to `from_pretrained` (`dtype`, `attn_implementation`, ...).
+
+    Raises:
+        UserError: the weights don't fit, or the settings differ from those that the checkpoint's routers were
+            trained with.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    model_class = model_class_for(config)
+    check_base_weights(directory, config)
+    settings = settings or make_settings(config)
+    if is_mod(config):
+        _refuse_other_routing(directory, MoDSettings.from_dict(config["mod"]), settings)
+    return model_class.from_pretrained(directory, config=_config_object(config, settings), **kwargs)
+
+
+def _refuse_other_routing(directory: Path, trained: MoDSettings, settings: MoDSettings) -> None:
+    """Routers mean nothing for another granularity, and must not be dropped unseen; at zero they may."""
+    same_granularity = settings.granularity == trained.granularity
+    if same_granularity and set(trained.layers) <= set(settings.layers):
+        return
+    for name, file_name in weight_map(directory).items():
+        match = ROUTER_NAME.match(name)
+        if match and not (same_granularity and int(match[1]) in settings.layers):
+            with _open_safetensors(directory / file_name) as file:
+                if file.get_tensor(name).any():
+                    raise UserError(
+                        f"{directory}: holds routers trained for {trained.granularity} of layers "
+                        f"{list(trained.layers)}; train from the dense base to route {settings.granularity} of "
+                        f"layers {list(settings.layers)}"
+                    )
+
+
+def _config_object(config: dict[str, Any], settings: MoDSettings):
+    drop = ("model_type", "auto_map", "mod")
+    values = {name: value for name, value in config.items() if name not in drop}
+    try:
+        return model_class_for(config).config_class(**values, mod=settings.to_dict())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Module:
+    with torch.device("meta"):
+        return model_class_for(config)(_config_object(config, settings))
+
+
+def _open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _link_base(source: Path, target: Path, files: dict[str, str], copy: bool) -> tuple[dict[str, str], str]:
+    """Link the base's weight files as `base*.safetensors`.
+
+    The names differ from those that `save_pretrained` writes: it would otherwise write through a link into the base.
+    """
+    names = sorted(set(files.values()))
+    many = f"-of-{len(names):05d}" if len(names) > 1 else ""
+    renamed = {name: f"base{f'-{i:05d}{many}' if many else ''}.safetensors" for i, name in enumerate(names, start=1)}
+    how = "copy"
+    for name, new in renamed.items():
+        how = link_or_copy(source / name, target / new, copy=copy)
+    return {weight: renamed[name] for weight, name in files.items()}, how
+
+
+def _save_base(target: Path, weights: dict[str, torch.Tensor]) -> dict[str, str]:
+    save_torch_state_dict(weights, target, filename_pattern="base{suffix}.safetensors")
+    index = target / "base.safetensors.index.json"
+    if not index.exists():
+        return dict.fromkeys(weights, "base.safetensors")
+    mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    index.unlink()
+    return mapping
+
+
+def _companions(directory: Path) -> list[Path]:
+    return sorted({path for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()})
+
+
+def _refuse(directory: Path, problem: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{directory}: {problem} {names[0]}{more}; is it another model's, or cut short?")
+
+
+def _layers(routers: dict[str, Any]) -> list[int]:
+    return sorted(int(match[1]) for match in map(ROUTER_NAME.match, routers) if match)
