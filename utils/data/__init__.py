@@ -1,0 +1,1 @@
+"""From raw downloads to batches: reformatting, mixing, tokenization, collation. Imports only `utils.io`."""
