@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Build the MoD checkpoint of a dense base model: the base linked, routers at zero."""
+
+import logging
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from utils.io.errors import UserError, run_command  # noqa: E402
+
+
+def parse_arguments() -> Namespace:
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--folder_name", required=True, help="name of the checkpoint's folder under --ckpt_root")
+    parser.add_argument("--ckpt_root", type=Path, default=ROOT / "ckpt", help="folder that holds the checkpoints")
+    parser.add_argument(
+        "--base_model", help="local directory or hub name of the dense base; for a folder with a config.json, its own"
+    )
+    parser.add_argument("--mod_n", type=int, help="number of routed layers; default: the folder's, or half of them")
+    parser.add_argument("--granularity", help="what is gated, for what unit; default: the folder's, or attn_sequence")
+    parser.add_argument("--threshold", type=float, help="inputs are kept where sigmoid(logit) >= threshold")
+    parser.add_argument("--save_base", choices=("link", "copy"), default="link", help="link the base's weights or copy")
+    parser.add_argument("--overwrite", action="store_true", help="build again where a checkpoint is already there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from utils.model.base_models import resolve_base_model
+    from utils.model.checkpoint import INDEX_FILE, build_mod_checkpoint, make_settings, read_config
+
+    output_dir = args.ckpt_root / args.folder_name
+    variant = read_config(output_dir) if (output_dir / "config.json").is_file() else None
+    base_model = args.base_model or (variant or {}).get("mod", {}).get("base_model")
+    if base_model is None:
+        known = ", ".join(sorted(path.parent.name for path in args.ckpt_root.glob("*/config.json")))
+        raise UserError(f"folder_name {args.folder_name}: a new one needs --base_model (there are: {known or 'none'})")
+    if (output_dir / INDEX_FILE).exists() and not args.overwrite:
+        raise UserError(f"{output_dir} holds a checkpoint already; use it, or build it again with --overwrite")
+
+    base_dir = resolve_base_model(base_model)
+    settings = make_settings(
+        variant or read_config(base_dir), args.mod_n, args.granularity, args.threshold, base_model=base_model
+    )
+    how = build_mod_checkpoint(base_dir, output_dir, settings, copy_base=args.save_base == "copy")
+    logging.info("%s: %s of layers %s", base_model, settings.granularity, list(settings.layers))
+    logging.info("base weights: %s", how)
+    print(output_dir)
+
+
+if __name__ == "__main__":
+    run_command(main)

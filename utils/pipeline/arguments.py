@@ -1,0 +1,168 @@
+"""The command line of `finetune_mod.py`: three dataclasses, a help text on every field."""
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from utils.io.errors import UserError, suggest
+
+
+@dataclass
+class ModelArguments:
+    """Which model is routed, and how."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "MoD checkpoint, dense base model directory, or the hub name of a dense base model."}
+    )
+    mod_n: int | None = HfArg(
+        default=None,
+        aliases=["--mindskip_n"],
+        help="Number of routed layers, the deepest ones but for the very last. Default: the checkpoint's, or half of "
+        "a dense model's layers (the paper's 16 of 32).",
+    )
+    granularity: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is gated, and for what unit: attn_sequence, attn_token, mlp_sequence, mlp_token, "
+            "block_sequence or block_token. Default: the checkpoint's, or attn_sequence (the paper's best)."
+        },
+    )
+    router_dir: str | None = field(
+        default=None, metadata={"help": "Start from these routers: a routers.safetensors, or a directory that has one."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Dtype of the backbone: auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16."},
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention of transformers: sdpa, eager or flash_attention_2."}
+    )
+    save_base: str = field(
+        default="link",
+        metadata={"help": "How the base's weights get into the output: link (where the file system allows) or copy."},
+    )
+
+    def __post_init__(self):
+        _choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _choice("attn_implementation", self.attn_implementation, ("sdpa", "eager", "flash_attention_2"))
+        _choice("save_base", self.save_base, ("link", "copy"))
+
+
+@dataclass
+class DataArguments:
+    """What it is trained and measured on."""
+
+    train_file: str = field(metadata={"help": "data.jsonl with `messages` (see the README, Data format)."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Held-out rows in the same format. Default: taken out of train_file."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many rows, drawn at random. Default: all."}
+    )
+    max_eval_samples: int = field(
+        default=64, metadata={"help": "Hold out, or read from eval_file, at most this many rows."}
+    )
+    max_seq_length: int = field(default=2048, metadata={"help": "Cut rows to this many tokens (the paper's 2048)."})
+    chat_format: str = field(
+        default="auto", metadata={"help": "How messages become text: auto, template (the tokenizer's own) or tags."}
+    )
+    tokenized_cache_dir: str | None = field(
+        default=None, metadata={"help": "Keep tokenized rows here for the next run. Default: they are not kept."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value} must be at least 1")
+
+
+@dataclass
+class RouterTrainingArguments(TrainingArguments):
+    """Hugging Face's `TrainingArguments` with the routers' own, and with defaults for router-tuning."""
+
+    gradient_scale: float = field(
+        default=0.1, metadata={"help": "Weight lambda of the capacity loss (Eq. 9). 0 switches it off."}
+    )
+    target_capacity: float = HfArg(
+        default=0.5,
+        aliases=["--mod_capacity", "--mindskip_capacity"],
+        help="Share of inputs that a sequence executes over its routed layers, pushed down to and no further "
+        "(Eq. 10; the paper's 0.5).",
+    )
+    router_only: bool = field(
+        default=True, metadata={"help": "Train the routers and nothing else; False trains the backbone as well."}
+    )
+    global_batch_size: int = field(
+        default=64,
+        metadata={"help": "Sequences in an optimizer step, over all processes; accumulation steps follow from it."},
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (in the paper's grid)."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Sequences in a micro-batch."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sequences in an evaluation batch."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
+    save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    save_steps: float = field(default=100, metadata={"help": "Save a checkpoint every so many optimizer steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
+    report_to: str | list[str] | None = field(
+        default="tensorboard", metadata={"help": "Where logs go besides the terminal: tensorboard, wandb, none, ..."}
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "random, sequential, or group_by_length (less padding)."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN out of the logged loss, at the price of a device sync a step."}
+    )
+
+    def __post_init__(self):
+        if not 0.0 <= self.target_capacity <= 1.0:
+            raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
+        if self.gradient_scale < 0.0:
+            raise UserError(f"gradient_scale {self.gradient_scale} must not be negative")
+        # before super(), which hands the numbers on to DeepSpeed
+        self.gradient_accumulation_steps = accumulation_steps(
+            self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+        )
+        super().__post_init__()
+
+
+def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:
+    """Return the micro-batches of an optimizer step; raises `UserError` where the batch doesn't divide."""
+    if min(global_batch_size, per_device_batch_size) < 1:
+        raise UserError(
+            f"global_batch_size {global_batch_size} and per_device_train_batch_size {per_device_batch_size} "
+            "must be at least 1"
+        )
+    together = per_device_batch_size * processes
+    if global_batch_size % together:
+        lower, upper = global_batch_size // together * together, -(-global_batch_size // together) * together
+        working = " or ".join(str(size) for size in (lower, upper) if size)
+        raise UserError(
+            f"global_batch_size {global_batch_size} does not divide into {processes} processes of "
+            f"{per_device_batch_size} sequences; {working} would"
+        )
+    return global_batch_size // together
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RouterTrainingArguments]:
+    """Read the command line; unknown options end with usage and exit code 2, wrong values raise `UserError`."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, RouterTrainingArguments),
+        prog="finetune_mod.py",
+        description="Router-tune a pretrained model: train a router in each routed layer, nothing else.",
+        allow_abbrev=False,
+    )
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except UserError:
+        raise
+    except ValueError as error:  # TrainingArguments' own checks
+        raise UserError(str(error)) from None
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} {value!r} is not one of {', '.join(allowed)}{suggest(value, allowed)}")

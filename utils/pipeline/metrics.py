@@ -1,0 +1,61 @@
+"""Sums that a run collects on the device, and reads on the host only when it logs."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class RoutingMeter:
+    """Collects loss and capacity over micro-batches; exact means whatever their sizes.
+
+    Args:
+        layers: indices of the routed layers.
+        device: where the sums live.
+    """
+
+    def __init__(self, layers: tuple[int, ...], device: torch.device):
+        self.layers = layers
+        # negative log-likelihood, supervised tokens, hinge, sequences, inputs, executed inputs of each layer
+        self._sums = torch.zeros(5 + len(layers), device=device)
+
+    def add(
+        self,
+        nll: torch.Tensor,
+        tokens: torch.Tensor,
+        hinge: torch.Tensor | None = None,
+        executed: torch.Tensor | None = None,
+        inputs: torch.Tensor | None = None,
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            nll: float [], sum of the negative log-likelihood over the supervised tokens.
+            tokens: [], number of supervised tokens.
+            hinge: float [batch], executed: float [layers, batch], inputs: float [batch]; all None where nothing is
+                routed.
+        """
+        with torch.no_grad():
+            self._sums[0] += nll
+            self._sums[1] += tokens
+            if executed is not None:
+                self._sums[2] += hinge.sum()
+                self._sums[3] += len(hinge)
+                self._sums[4] += inputs.sum()
+                self._sums[5:] += executed.sum(dim=-1)
+
+    def flush(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Return the means since the last flush and start anew; nothing if nothing was added.
+
+        Args:
+            reduce: sums a tensor over all processes; every process calls `flush` at the same step.
+        """
+        nll, tokens, hinge, sequences, inputs, *executed = reduce(self._sums).tolist()
+        self._sums.zero_()
+        means: dict[str, float] = {}
+        if tokens:
+            means["task_loss"] = nll / tokens
+        if inputs:
+            means["mod_loss"] = hinge / sequences
+            means["capacity"] = sum(executed) / (inputs * len(self.layers))
+            means |= {f"capacity/layer_{i}": n / inputs for i, n in zip(self.layers, executed, strict=True)}
+        return means
