@@ -27,6 +27,10 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}{hint}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def routed_layers(num_hidden_layers: int, mod_n: int) -> list[int]:
     """Return the indices of the routed layers: the `mod_n` deepest ones but for the very last (Section 3.2).
 
@@ -63,14 +67,15 @@ class MoDSettings:
 
     def __post_init__(self):
         check_choice("granularity", self.granularity, GRANULARITIES)
-        layers = tuple(self.layers)
-        if not layers or any(not isinstance(i, int) or i < 0 for i in layers) or list(layers) != sorted(set(layers)):
-            raise ValueError(f"mod.layers {list(layers)} must be one or more ascending layer indices")
+        layers = tuple(self.layers) if isinstance(self.layers, list | tuple) else ()
+        if not layers or any(type(i) is not int or i < 0 for i in layers) or list(layers) != sorted(set(layers)):
+            raise ValueError(f"mod.layers {self.layers} must be one or more ascending layer indices")
         object.__setattr__(self, "layers", layers)
-        if not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"mod.threshold {self.threshold} must lie between 0 and 1")
-        if self.target_capacity is not None and not 0.0 <= self.target_capacity <= 1.0:
-            raise ValueError(f"target_capacity {self.target_capacity} must lie between 0 and 1, or be left out")
+        if not _is_number(self.threshold) or not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"mod.threshold {self.threshold!r} must be a number between 0 and 1")
+        capacity = self.target_capacity
+        if capacity is not None and (not _is_number(capacity) or not 0.0 <= capacity <= 1.0):
+            raise ValueError(f"target_capacity {capacity!r} must be a number between 0 and 1, or be left out")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> "MoDSettings":

@@ -108,15 +108,19 @@ class MoDPreTrainedMixin:
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, *args, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs):
         """Load as transformers does, but refuse a checkpoint that lacks a base weight or holds an unknown one.
 
         A missing router is no error: it starts at zero, which keeps every input.
 
         Raises:
-            ValueError: a weight is missing or unknown; the message names it.
+            ValueError: a weight is missing, unknown or of another shape; the message names it.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # transformers' own error over a shape doesn't name the weight
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        if not ignore_mismatched_sizes:
+            for name, found, expected in sorted(info["mismatched_keys"]):
+                raise ValueError(f"{name} has the shape {list(found)} in the checkpoint, not {list(expected)}")
         for problem in ("missing", "unexpected"):
             names = sorted(info[f"{problem}_keys"])
             if names:
@@ -152,6 +156,7 @@ class MoDPreTrainedMixin:
 class MoDModelMixin(MoDPreTrainedMixin):
     """Over the inner model: puts routed layers in place of the plain ones."""
 
+    _keys_to_ignore_on_load_unexpected = [*MoDPreTrainedMixin._keys_to_ignore_on_load_unexpected, r"^lm_head\."]
     decoder_layer_class: type
 
     def __init__(self, config):
