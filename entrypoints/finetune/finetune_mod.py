@@ -19,7 +19,7 @@ def main() -> None:
 
     import torch
     from datasets.utils.logging import disable_progress_bar
-    from transformers import AutoTokenizer, ProgressCallback, set_seed
+    from transformers import ProgressCallback, set_seed
 
     from utils.data.collation import SupervisedCollator
     from utils.data.messages import load_messages
@@ -28,7 +28,14 @@ def main() -> None:
     from utils.evaluation.forward_speed import forward_speed
     from utils.io.files import write_json
     from utils.model.base_models import resolve_base_model
-    from utils.model.checkpoint import load_mod_model, load_routers, make_settings, read_config, write_checkpoint
+    from utils.model.checkpoint import (
+        load_mod_model,
+        load_routers,
+        load_tokenizer,
+        make_settings,
+        read_config,
+        write_checkpoint,
+    )
     from utils.pipeline.callbacks import RouterProgressCallback
     from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
     from utils.pipeline.report import run_table
@@ -44,11 +51,13 @@ def main() -> None:
     settings = make_settings(
         config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
     )
+    if training_args.learning_rate is None:
+        training_args.learning_rate = 0.5 / config["hidden_size"]
     checkpoint = open_run_directory(training_args, describe_run(model_args, data_args, training_args))
     set_seed(training_args.seed)
 
     # data
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     rows = load_messages(data_args.train_file)
     if data_args.eval_file:
         held_out = load_messages(data_args.eval_file, max_rows=data_args.max_eval_samples)
@@ -119,8 +128,8 @@ def main() -> None:
         trained_base = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not main_process:
         return
-    longest_first = eval_set.sort("length", reverse=True).select(range(min(8, len(eval_set))))
-    speed = forward_speed(trainer.accelerator.unwrap_model(model), [collator(list(longest_first))])
+    longest = sorted(eval_set, key=lambda row: row["length"])[-4:]
+    speed = forward_speed(trainer.accelerator.unwrap_model(model), [collator(longest)])
 
     # save
     how = write_checkpoint(

@@ -96,8 +96,10 @@ def make_chat_format(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> "T
 class TagsFormat:
     """The text of the paper's experiments, after open-instruct: `<|role|>` and the stripped content, each on a line.
 
-    `<|user|>\\n{content}\\n<|assistant|>\\n{content}{eos}\\n`, with `<|system|>` the same way. The tags are ordinary
-    text, so a content that contains them changes nothing in the labels. The tokenizer's own begin mark is added.
+    `<|user|>\\n{content}\\n<|assistant|>\\n{content}{eos}\\n`, with `<|system|>` the same way and no new line at the
+    end of the whole. The tags are ordinary text, so a content that contains them changes nothing in the labels. The
+    tokenizer's own begin mark is added. Unlike there, the new line between an end mark and the next turn is not
+    supervised: a model that has ended its turn does not write it.
     """
 
     name = "tags"
@@ -128,7 +130,7 @@ class TagsFormat:
                 text += self.end_mark
                 spans.append((start, len(text)))
             text += "\n"
-        return RenderedChat(text, tuple(spans))
+        return RenderedChat(text.rstrip(), tuple(spans))
 
 
 class TemplateFormat:
@@ -139,7 +141,14 @@ class TemplateFormat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.template = tokenizer.get_chat_template()
+        try:
+            self.template = tokenizer.get_chat_template()
+        except ValueError as error:
+            names = ", ".join(tokenizer.chat_template or ())
+            raise UserError(
+                f"chat_format 'template': none of the chat templates of {tokenizer.name_or_path!r} ({names}) is called "
+                "'default'; set tokenizer.chat_template or use 'tags'"
+            ) from error
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         end_marks = sorted({mark for mark in [*added, tokenizer.eos_token] if mark and mark.strip()}, key=len)
         self._end_mark = re.compile(r"\s*(?:" + "|".join(re.escape(mark) for mark in reversed(end_marks)) + ")")

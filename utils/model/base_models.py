@@ -62,6 +62,8 @@ def resolve_base_model(name_or_path: str, revision: str | None = None) -> Path:
     Raises:
         UserError: the folder does not hold a model, or the model can be had from nowhere; says what to do.
     """
+    if not name_or_path.strip():
+        raise UserError(f"no base model is named; {NAME_A_FOLDER}, or a hub id")
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         problem = _what_is_missing(folder)
@@ -85,6 +87,11 @@ def resolve_base_model(name_or_path: str, revision: str | None = None) -> Path:
     try:
         return _download(name_or_path, revision)
     except HubUnreachableError as unreachable:
+        if (cached := _find_in_hub_cache(name_or_path, revision, usable_is_enough=True)) is not None:
+            logger.warning(
+                "base model %s: the hub cannot be reached, using what its cache has, %s", name_or_path, cached
+            )
+            return cached
         if not has_second_source:
             raise UserError(
                 f"base model {name_or_path!r}: the Hugging Face hub cannot be reached ({unreachable}) and the model is "
@@ -131,10 +138,14 @@ def _what_is_missing(folder: Path) -> str | None:
     return None
 
 
-def _find_in_hub_cache(name: str, revision: str | None) -> Path | None:
-    """Return the model's folder in the hub's cache where it is whole, without touching the network."""
+def _find_in_hub_cache(name: str, revision: str | None, usable_is_enough: bool = False) -> Path | None:
+    """Return the model's folder in the hub's cache where it is whole, without touching the network.
+
+    With `usable_is_enough`, files that the hub is known to have and the cache has not are overlooked as long as
+    configuration, tokenizer and weights are there: another program may have fetched only what it needed.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
         folder = Path(
@@ -146,9 +157,12 @@ def _find_in_hub_cache(name: str, revision: str | None) -> Path | None:
                 ignore_patterns=list(UNWANTED_FILES),
             )
         )
+    except IncompleteSnapshotError as error:
+        if not usable_is_enough:
+            return None
+        folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
         return None
-    # A cache that other programs filled may hold a part of the model only, such as its tokenizer.
     has_tokenizer = any(folder.glob("tokenizer*"))
     return folder if has_tokenizer and _what_is_missing(folder) is None else None
 

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
+from transformers import AutoConfig, AutoTokenizer
 
 from utils.io.errors import UserError
 from utils.io.files import atomic_file, link_or_copy, write_json
@@ -305,6 +306,20 @@ def load_mod_model(directory: str | Path, settings: MoDSettings | None = None, *
     if is_mod(config):
         _refuse_other_routing(directory, MoDSettings.from_dict(config["mod"]), settings)
     return model_class.from_pretrained(directory, config=_config_object(config, settings), **kwargs)
+
+
+def load_tokenizer(directory: str | Path):
+    """Load the tokenizer of a MoD or dense checkpoint: the base's, by the rules for the base's architecture.
+
+    Raises:
+        UserError: there is none.
+    """
+    # transformers chooses the tokenizer's class by the config; the checkpoint's own would ask to run remote code
+    base_config = AutoConfig.for_model(str(read_config(directory)["model_type"]).removeprefix("mod_"))
+    try:
+        return AutoTokenizer.from_pretrained(directory, config=base_config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: no tokenizer could be loaded: {error}") from None
 
 
 def _refuse_other_routing(directory: Path, trained: MoDSettings, settings: MoDSettings) -> None:

@@ -99,7 +99,13 @@ class RouterTrainingArguments(TrainingArguments):
         default=64,
         metadata={"help": "Sequences in an optimizer step, over all processes; accumulation steps follow from it."},
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (in the paper's grid)."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate. Default: 0.5 / hidden size, as an Adam step moves a logit by about the rate "
+            "times the hidden size; 1.2e-4 at the paper's 4096, within its grid."
+        },
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Sequences in a micro-batch."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sequences in an evaluation batch."})
@@ -107,7 +113,7 @@ class RouterTrainingArguments(TrainingArguments):
     save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     save_steps: float = field(default=100, metadata={"help": "Save a checkpoint every so many optimizer steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
-    report_to: str | list[str] | None = field(
+    report_to: str | None = field(
         default="tensorboard", metadata={"help": "Where logs go besides the terminal: tensorboard, wandb, none, ..."}
     )
     train_sampling_strategy: str = field(

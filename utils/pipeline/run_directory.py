@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,23 @@ def describe_run(model_args: Any, data_args: Any, training_args: TrainingArgumen
                     "data": dataclasses.asdict(data_args),
                     "training": training_args.to_sanitized_dict(),
                 },
-                "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+                "versions": {"python": platform.python_version(), **installed_versions()},
                 "command": sys.argv,
             },
             default=str,
         )
     )
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return package -> version for what a result may depend on; None where it isn't installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
 
 
 def open_run_directory(training_args: TrainingArguments, run: dict[str, Any]) -> str | None:

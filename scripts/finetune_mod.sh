@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# Router-tunes a pretrained model: the main job. With nothing set it trains SmolLM2-135M-Instruct on Alpaca, on a CPU if
+# there is no GPU, and prints the output directory last.
+#
+#   bash scripts/finetune_mod.sh
+#   FOLDER_NAME=mistral-7b-mod DATA_TYPE=mixed MAX_TRAIN_SAMPLES=5000 bash scripts/finetune_mod.sh
+#
+# Every field below can be set from the environment; further arguments go to finetune_mod.py, whose --help explains
+# them. DRY_RUN=1 prints the command and runs nothing but what is needed to know it.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+die() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# What to train, on what
+FOLDER_NAME="${FOLDER_NAME:-smollm2-135m-mod}" # checkpoint under ckpt/, built here if it isn't there yet
+BASE_MODEL="${BASE_MODEL:-}"                   # its dense base: local directory or hub name; default: the folder's own
+DATA_TYPE="${DATA_TYPE:-alpaca}"               # a data set under data/reformatted, or `mixed`
+TRAIN_FILE="${TRAIN_FILE:-}"                   # a data.jsonl of your own, instead of DATA_TYPE
+MAX_TRAIN_SAMPLES="${MAX_TRAIN_SAMPLES:-5000}"
+
+# What is routed; empty: as the checkpoint says
+MOD_N="${MOD_N:-}"
+GRANULARITY="${GRANULARITY:-}"
+
+# How
+ROUTER_ONLY="${ROUTER_ONLY:-true}"
+TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
+GRADIENT_SCALE="${GRADIENT_SCALE:-0.1}"
+LEARNING_RATE="${LEARNING_RATE:-}" # empty: by the model's width
+WEIGHT_DECAY="${WEIGHT_DECAY:-0.0}"
+NUM_EPOCHS="${NUM_EPOCHS:-1}"
+SEED="${SEED:-233}"
+
+# Where. NUM_PROCESSES counts those of all machines.
+NUM_MACHINES="${NUM_MACHINES:-1}"
+MACHINE_RANK="${MACHINE_RANK:-0}"
+MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-}"
+PORT="${PORT:-0}" # 0: any free one; several machines need the same one
+OUTPUT_DIR="${OUTPUT_DIR:-$root/outputs/$FOLDER_NAME/$DATA_TYPE-$(date +%Y%m%d-%H%M%S)}"
+
+# shellcheck source=scripts/setup_env.sh
+source "$root/scripts/setup_env.sh"
+
+# Hardware: an accelerate config, a number of processes, and batches that fit
+count_gpus() {
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true
+  else
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+  fi
+}
+gpus="$(count_gpus)"
+NUM_PROCESSES="${NUM_PROCESSES:-$(((gpus > 0 ? gpus : 1) * NUM_MACHINES))}"
+arguments=()
+if ((gpus > 0)); then
+  MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-2048}"
+  GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"
+  MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-1}"
+  config=gpu
+else # a small model and few rows: more and smaller steps
+  MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
+  GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-8}"
+  MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-4}"
+  config=cpu
+  arguments+=(--use_cpu true)
+  unset ACCELERATE_USE_CPU
+fi
+if ((NUM_PROCESSES > 1)); then config=ddp; fi
+ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/configs/accelerate/$config.yaml}"
+[[ -f "$ACCELERATE_CONFIG" ]] || die "ACCELERATE_CONFIG $ACCELERATE_CONFIG: no such file; see configs/accelerate"
+if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$PORT" == 0 ]]; then
+  die "NUM_MACHINES=$NUM_MACHINES needs MAIN_PROCESS_IP and PORT, the same on every machine"
+fi
+
+# Data
+if [[ -z "$TRAIN_FILE" ]]; then
+  if [[ "$DATA_TYPE" == mixed ]]; then
+    TRAIN_FILE="$root/data/mixed/data.jsonl"
+    [[ -f "$TRAIN_FILE" ]] || die "$TRAIN_FILE: no such file; make it with \`bash scripts/data/mix.sh\`"
+  else
+    TRAIN_FILE="$root/data/reformatted/$DATA_TYPE/data.jsonl"
+    if [[ -f "$TRAIN_FILE" ]]; then
+      :
+    elif [[ -d "$root/data/raw/$DATA_TYPE" ]]; then
+      python "$root/entrypoints/data/reformat_datasets.py" --datasets "$DATA_TYPE"
+    elif [[ "$DATA_TYPE" == alpaca ]]; then
+      echo "No data in data/raw/alpaca: using the embedded sample, data/sample/alpaca" >&2
+      TRAIN_FILE="$root/data/sample/reformatted/alpaca/data.jsonl"
+      python "$root/entrypoints/data/reformat_datasets.py" --datasets alpaca \
+        --raw_data_root "$root/data/sample" --save_path "$root/data/sample/reformatted"
+    else
+      die "DATA_TYPE=$DATA_TYPE: neither data/reformatted/$DATA_TYPE/data.jsonl nor data/raw/$DATA_TYPE is there; see" \
+        "the README, Data"
+    fi
+  fi
+fi
+
+# Model
+checkpoint="$root/ckpt/$FOLDER_NAME"
+if [[ ! -f "$checkpoint/model.safetensors.index.json" && "${DRY_RUN:-0}" != 1 ]]; then
+  build=(--folder_name "$FOLDER_NAME")
+  if [[ -n "$BASE_MODEL" ]]; then build+=(--base_model "$BASE_MODEL"); fi
+  python "$root/entrypoints/checkpoint/build_mod_checkpoint.py" "${build[@]}" >&2
+fi
+
+arguments+=(
+  --model_name_or_path "$checkpoint"
+  --train_file "$TRAIN_FILE"
+  --max_train_samples "$MAX_TRAIN_SAMPLES"
+  --max_seq_length "$MAX_SEQ_LENGTH"
+  --router_only "$ROUTER_ONLY"
+  --target_capacity "$TARGET_CAPACITY"
+  --gradient_scale "$GRADIENT_SCALE"
+  --weight_decay "$WEIGHT_DECAY"
+  --num_train_epochs "$NUM_EPOCHS"
+  --global_batch_size "$GLOBAL_BATCH_SIZE"
+  --per_device_train_batch_size "$MICRO_BATCH_SIZE"
+  --seed "$SEED"
+  --output_dir "$OUTPUT_DIR"
+)
+if [[ -n "$MOD_N" ]]; then arguments+=(--mod_n "$MOD_N"); fi
+if [[ -n "$GRANULARITY" ]]; then arguments+=(--granularity "$GRANULARITY"); fi
+if [[ -n "$LEARNING_RATE" ]]; then arguments+=(--learning_rate "$LEARNING_RATE"); fi
+
+launch=(
+  accelerate launch --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" --main_process_port "$PORT"
+  --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK"
+)
+if [[ -n "$MAIN_PROCESS_IP" ]]; then launch+=(--main_process_ip "$MAIN_PROCESS_IP"); fi
+command=("${launch[@]}" "$root/entrypoints/finetune/finetune_mod.py" "${arguments[@]}" "$@")
+printf '+' >&2
+printf ' %q' "${command[@]}" >&2
+printf '\n' >&2
+if [[ "${DRY_RUN:-0}" == 1 ]]; then exit 0; fi
+exec "${command[@]}"
