@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from utils.data.mixing import find_parts, index_part, parse_portions, read_portions, write_mix  # noqa: E402
 from utils.data.workers import clean_exit_on_sigterm  # noqa: E402
-from utils.io.errors import run_command  # noqa: E402
+from utils.io.errors import UserError, run_command  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,6 +64,8 @@ def main() -> None:
     for part in parts:
         print(f"{part.name:<18}{part.rows:>9}{part.portion:>9}{part.taken:>9}")
     print(f"{'mix':<18}{sum(part.rows for part in parts):>9}{'':>9}{sum(part.taken for part in parts):>9}")
+    if not any(part.taken for part in parts):
+        raise UserError("the mix would be empty: the portions are too small for these datasets")
     if arguments.dry_run:
         print(f"dry run: would write {arguments.save_path / 'data.jsonl'}")
         return

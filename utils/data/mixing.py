@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import orjson
 import yaml
 from tqdm import tqdm
 
+from utils.data.blocks import parse
+from utils.data.formats import BadRow
 from utils.io.errors import UserError, suggest
 from utils.io.files import atomic_file, write_json
 
@@ -146,9 +147,12 @@ def _check_line(line: bytes, path: Path, number: int, offset: int) -> None:
     if not line.endswith(b"\n"):
         raise UserError(f"{place}: the last line is cut off; reformat the dataset again")
     try:
-        row = orjson.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); reformat the dataset again") from None
+        row, repaired = parse(line)
+    except BadRow as error:
+        place = f"{path}: row {number}, byte {offset + error.byte}"
+        raise UserError(f"{place}: {error.detail}; reformat the dataset again") from None
+    if repaired:
+        raise UserError(f"{place}: a lone surrogate, which is not UTF-8; reformat the dataset again")
     try:
         sound = type(row["dataset"]) is str and type(row["id"]) is str and len(row["messages"]) > 0
         sound = sound and all(m["role"] in _ROLES and type(m["content"]) is str for m in row["messages"])
@@ -168,7 +172,7 @@ def shuffled(parts: list[Part], seed: int) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         For each line of the mix, `[lines]` the number of its part and `[lines]` its line in that part.
     """
-    keys, owners, lines = [], [], []
+    keys, owners, lines = [np.empty(0, np.uint64)], [np.empty(0, np.uint16)], [np.empty(0, np.uint32)]
     for number, part in enumerate(parts):
         left, copy = part.taken, 0
         while left > 0:

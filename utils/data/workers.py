@@ -4,7 +4,6 @@ A worker tells its progress through a pipe. If the parent is gone the next telli
 cleans up; if a worker is gone its pipe ends without a result, and that is an error of its job. Other jobs go on.
 """
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -14,14 +13,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from tqdm import tqdm
 
 from utils.io.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 _TELL_EVERY = 0.2  # seconds
 _STOP_WITHIN = 5.0  # seconds that a worker has to clean up
@@ -33,8 +31,8 @@ class Job:
 
     Args:
         name: shown at the progress bar.
-        function: a function of a module; called as `function(*arguments, tell=tell)`, where `tell(rows, bytes)` shows
-            progress.
+        function: a function of a module; called as `function(*arguments, tell=tell)`. It must call `tell(rows, bytes)`
+            often, which shows progress and ends it cleanly where it is to stop.
         arguments: what it is called with; must be picklable.
         size: bytes when it is done.
     """
@@ -75,11 +73,8 @@ def run_jobs(jobs: list[Job], num_workers: int) -> dict[str, Any]:
             while waiting or running:
                 while waiting and len(running) < num_workers:
                     job = waiting.pop()
-                    here, there = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(job, there), daemon=True, name=job.name)
-                    process.start()
-                    there.close()
-                    running[here] = (job, process)
+                    connection, process = _start(context, job)
+                    running[connection] = (job, process)
                 for connection in wait(list(running)):
                     job, process = running[connection]
                     kind, value = _receive(connection, process)
@@ -100,6 +95,21 @@ def run_jobs(jobs: list[Job], num_workers: int) -> dict[str, Any]:
         for bar in bars.values():
             bar.close()
     return {job.name: results[job.name] for job in jobs}
+
+
+def _start(context: Any, job: Job) -> tuple[Connection, Any]:
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, there), daemon=True, name=job.name)
+    # Ctrl-C reaches every process of the terminal; workers inherit that it is blocked, and end by the parent's SIGTERM.
+    # The resource tracker would unblock it if it were started together with the process.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    there.close()
+    return here, process
 
 
 def _receive(connection: Connection, process: Any) -> tuple[str, Any]:
@@ -125,21 +135,25 @@ def _stop(processes: list[Any]) -> None:
 
 
 def _work(job: Job, connection: Connection) -> None:
-    last = 0.0
+    last, stopped = 0.0, False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
 
     def tell(rows: int, consumed: int) -> None:
         nonlocal last
+        if stopped:
+            sys.exit(128 + signal.SIGTERM)
         if time.monotonic() - last >= _TELL_EVERY:
             last = time.monotonic()
             connection.send(("progress", (rows, consumed)))
 
+    signal.signal(signal.SIGTERM, stop)
     try:
-        with clean_exit_on_sigterm():
-            connection.send(("result", job.function(*job.arguments, tell=tell)))
+        connection.send(("result", job.function(*job.arguments, tell=tell)))
     except BrokenPipeError:
         os._exit(1)  # the parent is gone, there is nobody to tell
-    except KeyboardInterrupt:
-        sys.exit(130)
     except UserError as error:
         connection.send(("error", str(error)))
     except OSError as error:
