@@ -86,7 +86,8 @@ def test_sparse_equals_dense_with_position_ids_and_embeddings_of_each_row(granul
     inputs = {
         "inputs_embeds": model.get_input_embeddings()(input_ids),
         "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        # other distances in each row: a mere shift would leave the attention as it is
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0) * torch.tensor([[1], [3], [2], [5]]),
     }
     with torch.no_grad():
         dense, sparse = model(**inputs, execution="dense"), model(**inputs, execution="sparse")
