@@ -1,4 +1,4 @@
-"""Reads the rows of a JSON array or of JSON lines in order, a megabyte at a time.
+"""Reads the rows of a JSON array or of JSON lines in order, a block at a time.
 
 Parsing is the cost, so whole blocks are parsed at once wherever a block is sound: a piece of an array that ends before
 the start of a row is a JSON array itself once it stands between brackets, and if it parses, the cut was right. Only
