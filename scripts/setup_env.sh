@@ -184,6 +184,9 @@ make_venv() {
   say "installing requirements.txt"
   run_pip install -r "$requirements" ||
     die "pip could not install requirements.txt into $venv (its messages are above); check the network and try again"
+  if [[ "$build" == default ]] && nvidia-smi -L >/dev/null 2>&1 && is_cpu_build "$venv/bin/python"; then
+    say "note: there is a GPU, but pip's own sources offer a CPU build of torch, and pip took that"
+  fi
   verify_torch "$version" "$build" || die "torch does not work in $venv; remove that folder and try again"
   what_is_wanted "$build" >"$unfinished"
   mv "$unfinished" "$installed"

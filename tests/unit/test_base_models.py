@@ -225,7 +225,7 @@ def test_an_unreachable_hub_is_said_at_once_with_the_way_out(resolve) -> None:
     line = error_line(resolve("owner/model", HF_ENDPOINT="http://127.0.0.1:9"))
     assert "hub cannot be reached" in line
     assert "name a local folder" in line
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 def test_a_hub_that_never_answers_is_given_up_after_seconds(resolve) -> None:
@@ -233,7 +233,7 @@ def test_a_hub_that_never_answers_is_given_up_after_seconds(resolve) -> None:
         started = time.monotonic()
         line = error_line(resolve("owner/model", HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}"))
         assert "hub cannot be reached" in line
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
 
 
 def test_offline_mode_is_named_as_the_reason(resolve) -> None:
