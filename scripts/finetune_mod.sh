@@ -29,8 +29,9 @@ GRANULARITY="${GRANULARITY:-}"
 # How
 ROUTER_ONLY="${ROUTER_ONLY:-true}"
 TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
-GRADIENT_SCALE="${GRADIENT_SCALE:-0.1}"
+GRADIENT_SCALE="${GRADIENT_SCALE:-1.0}"
 LEARNING_RATE="${LEARNING_RATE:-}" # empty: by the model's width
+WARMUP="${WARMUP:-0.25}"           # share of the steps in which it rises
 WEIGHT_DECAY="${WEIGHT_DECAY:-0.0}"
 NUM_EPOCHS="${NUM_EPOCHS:-1}"
 SEED="${SEED:-233}"
@@ -115,6 +116,7 @@ arguments+=(
   --router_only "$ROUTER_ONLY"
   --target_capacity "$TARGET_CAPACITY"
   --gradient_scale "$GRADIENT_SCALE"
+  --warmup_steps "$WARMUP"
   --weight_decay "$WEIGHT_DECAY"
   --num_train_epochs "$NUM_EPOCHS"
   --global_batch_size "$GLOBAL_BATCH_SIZE"
@@ -131,6 +133,9 @@ launch=(
   --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK"
 )
 if [[ -n "$MAIN_PROCESS_IP" ]]; then launch+=(--main_process_ip "$MAIN_PROCESS_IP"); fi
+# DeepSpeed's own file is named in the accelerate config, relative to the repository
+deepspeed_file="$(sed -n 's/^ *deepspeed_config_file: *//p' "$ACCELERATE_CONFIG")"
+if [[ "$deepspeed_file" == configs/* ]]; then launch+=(--deepspeed_config_file "$root/$deepspeed_file"); fi
 command=("${launch[@]}" "$root/entrypoints/finetune/finetune_mod.py" "${arguments[@]}" "$@")
 printf '+' >&2
 printf ' %q' "${command[@]}" >&2

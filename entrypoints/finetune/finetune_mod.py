@@ -39,7 +39,7 @@ def main() -> None:
     from utils.pipeline.callbacks import RouterProgressCallback
     from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
     from utils.pipeline.report import run_table
-    from utils.pipeline.run_directory import describe_run, open_run_directory
+    from utils.pipeline.run_directory import RUN_FILE, checkpoint_to_resume, describe_run
 
     main_process = training_args.process_index == 0
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
@@ -53,7 +53,8 @@ def main() -> None:
     )
     if training_args.learning_rate is None:
         training_args.learning_rate = 0.5 / config["hidden_size"]
-    checkpoint = open_run_directory(training_args, describe_run(model_args, data_args, training_args))
+    run = describe_run(model_args, data_args, training_args)
+    checkpoint = checkpoint_to_resume(training_args, run)
     set_seed(training_args.seed)
 
     # data
@@ -112,6 +113,8 @@ def main() -> None:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RouterProgressCallback)
+    if main_process:
+        write_json(Path(training_args.output_dir) / RUN_FILE, run)
     if checkpoint:
         logging.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -84,7 +84,7 @@ class RouterTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments` with the routers' own, and with defaults for router-tuning."""
 
     gradient_scale: float = field(
-        default=0.1, metadata={"help": "Weight lambda of the capacity loss (Eq. 9). 0 switches it off."}
+        default=1.0, metadata={"help": "Weight lambda of the capacity loss (Eq. 9). 0 switches it off."}
     )
     target_capacity: float = HfArg(
         default=0.5,
@@ -104,6 +104,13 @@ class RouterTrainingArguments(TrainingArguments):
         metadata={
             "help": "Peak learning rate. Default: 0.5 / hidden size, as an Adam step moves a logit by about the rate "
             "times the hidden size; 1.2e-4 at the paper's 4096, within its grid."
+        },
+    )
+    warmup_steps: float = field(
+        default=0.25,
+        metadata={
+            "help": "Steps, or below 1 the share of steps, in which the learning rate rises. Routers start on the "
+            "threshold, where the smallest step flips a whole layer: small first steps let them come back."
         },
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})

@@ -1,5 +1,7 @@
 """What a run shows while it trains."""
 
+import sys
+
 from transformers import ProgressCallback
 
 SHOWN = ("loss", "task_loss", "mod_loss", "capacity", "grad_norm", "learning_rate")
@@ -14,5 +16,5 @@ class RouterProgressCallback(ProgressCallback):
         prefix = "eval_" if "eval_loss" in logs else ""
         shown = [f"{name} {logs[prefix + name]:.4g}" for name in SHOWN if prefix + name in logs]
         if shown:
-            kind = "held-out" if prefix else "step"
-            self.training_bar.write(f"{kind} {state.global_step}/{state.max_steps}: {', '.join(shown)}")
+            where = f"{'held-out' if prefix else 'step'} {state.global_step}/{state.max_steps}"
+            self.training_bar.write(f"{where}: {', '.join(shown)}", file=sys.stderr)

@@ -16,7 +16,6 @@ from typing import Any
 from transformers import TrainingArguments
 
 from utils.io.errors import UserError
-from utils.io.files import write_json
 from utils.model.checkpoint import INDEX_FILE
 
 from .customized_trainer import last_complete_checkpoint
@@ -67,27 +66,25 @@ def installed_versions() -> dict[str, str | None]:
     return versions
 
 
-def open_run_directory(training_args: TrainingArguments, run: dict[str, Any]) -> str | None:
-    """Claim the output directory for `run` and return the checkpoint to go on from, or None to start.
+def checkpoint_to_resume(training_args: TrainingArguments, run: dict[str, Any]) -> str | None:
+    """Return the checkpoint in the output directory that `run` goes on from, or None to start; writes nothing.
 
     Raises:
         UserError: the directory holds another run (the message names what differs), a finished one, or other files.
     """
     output_dir = Path(training_args.output_dir)
-    with training_args.main_process_first(local=False, desc="opening the output directory"):
-        if output_dir.exists() and not output_dir.is_dir():
-            raise UserError(f"output_dir {output_dir} is a file; choose another --output_dir")
-        if not output_dir.is_dir() or not any(output_dir.iterdir()):
-            write_json(output_dir / RUN_FILE, run)
-        elif not (output_dir / RUN_FILE).is_file():
-            raise UserError(f"output_dir {output_dir} holds other files; choose another --output_dir")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir {output_dir} is a file; choose another --output_dir")
+    if (output_dir / RUN_FILE).is_file():
         _refuse_other_run(output_dir, run)
-        resume = training_args.resume_from_checkpoint
-        if resume and resume.lower() not in ("true", "1"):
-            if not Path(resume).is_dir():
-                raise UserError(f"resume_from_checkpoint {resume}: no such checkpoint directory")
-            return resume
-        return last_complete_checkpoint(output_dir)
+    elif output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir {output_dir} holds other files; choose another --output_dir")
+    resume = training_args.resume_from_checkpoint
+    if resume and resume.lower() not in ("true", "1"):
+        if not Path(resume).is_dir():
+            raise UserError(f"resume_from_checkpoint {resume}: no such checkpoint directory")
+        return resume
+    return last_complete_checkpoint(output_dir)
 
 
 def _refuse_other_run(output_dir: Path, run: dict[str, Any]) -> None:

@@ -1,0 +1,313 @@
+"""The real commands on a tiny random model with a real tokenizer: train, reload elsewhere, evaluate, refuse."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROUTERS = "routers.safetensors"
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert not any("router" in module for module in sys.modules)
+directory, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+batch = tokenizer("What is the capital of France?", return_tensors="pt")
+with torch.no_grad():
+    torch.save(model(**batch).logits, out)
+"""
+
+
+def run(*command, cwd=None, check=True, **environment):
+    """Run a command as a user would, from a folder that is not the repository's."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, repository, smollm2_dir):
+    """A tiny dense base with SmolLM2's tokenizer, its MoD checkpoint, and the embedded sample as data.jsonl."""
+    root = tmp_path_factory.mktemp("workplace")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2_dir / name, root / "base" / name)
+    run(
+        *(sys.executable, repository / "entrypoints/data/reformat_datasets.py", "--datasets", "alpaca"),
+        *("--raw_data_root", repository / "data/sample", "--save_path", root / "data"),
+        cwd=root,
+    )
+    run(
+        *(sys.executable, repository / "entrypoints/checkpoint/build_mod_checkpoint.py", "--folder_name", "tiny-mod"),
+        *("--ckpt_root", root / "ckpt", "--base_model", root / "base", "--mod_n", 3),
+        cwd=root,
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def finetune(workplace, repository):
+    def start(output_dir, *arguments, check=True, launcher=(sys.executable,), **environment):
+        command = [
+            *launcher,
+            *(repository / "entrypoints/finetune/finetune_mod.py", "--model_name_or_path", workplace / "ckpt/tiny-mod"),
+            *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
+            *("--max_train_samples", 32, "--max_eval_samples", 8, "--max_seq_length", 48, "--max_steps", 3),
+            *("--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
+            *("--train_sampling_strategy", "sequential", *arguments),
+        ]
+        return run(*command, cwd=repository, check=check, **environment)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def trained(workplace, finetune):
+    """A finished run: its directory and what it printed."""
+    return workplace / "out", finetune(workplace / "out")
+
+
+class TestARun:
+    def test_prints_the_table_and_the_output_directory_last(self, trained):
+        directory, result = trained
+        lines = result.stdout.strip().splitlines()
+        assert lines[-1] == str(directory)
+        for word in ("held-out loss", "forward tokens/s", "capacity", "layer"):
+            assert any(line.startswith(word) for line in lines)
+        assert "step 3/3: loss" in result.stderr
+
+    def test_output_is_a_checkpoint_with_the_bases_weights_linked(self, trained, workplace):
+        directory, _ = trained
+        config = json.loads((directory / "config.json").read_text())
+        base = json.loads((workplace / "base/config.json").read_text())
+        assert {name: config[name] for name in base if name != "model_type"} == {
+            name: value for name, value in base.items() if name != "model_type"
+        }
+        assert config["model_type"] == "mod_llama"
+        assert config["mod"]["granularity"] == "attn_sequence"
+        assert config["mod"]["layers"] == [2, 3, 4]
+        assert config["mod"]["target_capacity"] == 0.5
+        assert os.path.samefile(directory / "base.safetensors", workplace / "base/model.safetensors")
+        routers = load_file(directory / ROUTERS)
+        assert {name: (str(t.dtype), tuple(t.shape)) for name, t in routers.items()} == {
+            f"model.layers.{i}.router.weight": ("torch.float32", (1, 16)) for i in (2, 3, 4)
+        }
+        assert all(tensor.any() for tensor in routers.values())
+
+    def test_records_arguments_versions_and_results(self, trained):
+        directory, _ = trained
+        recorded = json.loads((directory / "run.json").read_text())
+        assert recorded["identity"]["learning_rate"] == 1e-2
+        assert recorded["versions"]["transformers"]
+        results = json.loads((directory / "results.json").read_text())
+        assert 0 <= results["held_out"]["routed"]["eval_capacity"] <= 1
+
+    def test_logs_capacity_of_every_layer_to_tensorboard(self, trained):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (run_directory,) = (trained[0] / "runs").iterdir()
+        accumulator = EventAccumulator(str(run_directory))
+        accumulator.Reload()
+        assert {f"train/capacity/layer_{i}" for i in (2, 3, 4)} | {"train/loss", "train/capacity"} <= set(
+            accumulator.Tags()["scalars"]
+        )
+
+    def test_output_loads_without_the_repository_with_equal_logits(self, trained, tmp_path):
+        from transformers import AutoTokenizer
+
+        from utils.model.checkpoint import load_mod_model
+
+        run(
+            *(sys.executable, "-I", "-c", RELOAD, trained[0], tmp_path / "logits.pt"),
+            cwd=tmp_path,
+            HF_MODULES_CACHE=str(tmp_path / "modules"),
+        )
+        model = load_mod_model(trained[0]).eval()
+        batch = AutoTokenizer.from_pretrained(trained[0].parent / "base")(
+            "What is the capital of France?", return_tensors="pt"
+        )
+        with torch.no_grad():
+            assert torch.equal(torch.load(tmp_path / "logits.pt"), model(**batch).logits)
+
+    def test_unmodified_lm_eval_evaluates_the_output(self, trained, tmp_path):
+        questions = [
+            {"question": "Is ice cold?", "choices": ["yes", "no"], "label": 0},
+            {"question": "Is fire wet?", "choices": ["yes", "no"], "label": 1},
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+        (tmp_path / "tiny_task.yaml").write_text(
+            "task: tiny_task\ndataset_path: json\noutput_type: multiple_choice\n"
+            f"dataset_kwargs:\n  data_files:\n    validation: {tmp_path}/rows.jsonl\n"
+            'validation_split: validation\ndoc_to_text: "{{question}}"\ndoc_to_target: label\n'
+            "doc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
+        )
+        result = run(
+            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "tiny_task", "--include_path", tmp_path),
+            *("--model_args", f"pretrained={trained[0]},trust_remote_code=True", "--device", "cpu"),
+            *("--batch_size", 1),
+            cwd=tmp_path,
+            HF_MODULES_CACHE=str(tmp_path / "modules"),
+            HF_DATASETS_CACHE=str(tmp_path / "datasets"),
+        )
+        assert "tiny_task" in result.stdout
+        assert "acc" in result.stdout
+
+    def test_trained_routers_start_another_run(self, trained, workplace, finetune):
+        finetune(workplace / "again", "--router_dir", trained[0], "--learning_rate", 1e-12)
+        before, after = load_file(trained[0] / ROUTERS), load_file(workplace / "again" / ROUTERS)
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
+
+    def test_a_dense_base_and_a_trained_backbone_give_a_checkpoint_too(self, workplace, finetune):
+        from utils.model.checkpoint import load_mod_model
+
+        directory = workplace / "full"
+        finetune(
+            *(directory, "--model_name_or_path", workplace / "base", "--granularity", "mlp_token"),
+            *("--mod_n", 2, "--router_only", "false", "--max_steps", 1),
+        )
+        assert not os.path.samefile(directory / "base.safetensors", workplace / "base/model.safetensors")
+        model = load_mod_model(directory)
+        assert model.config.mod["layers"] == [3, 4]
+        base = load_file(workplace / "base/model.safetensors")["model.norm.weight"]
+        assert not torch.equal(model.model.norm.weight, base)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed and gloo launches are tested on Linux")
+@pytest.mark.parametrize("config", ["ddp", "deepspeed_zero1"])
+def test_two_processes_train_the_same_routers_as_one(workplace, repository, finetune, trained, config):
+    launcher = (
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
+        *("--config_file", repository / f"configs/accelerate/{config}.yaml"),
+    )
+    finetune(workplace / config, launcher=launcher, DS_ACCELERATOR="cpu")
+    one, two = load_file(trained[0] / ROUTERS), load_file(workplace / config / ROUTERS)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
+    losses = [
+        [
+            entry["loss"]
+            for entry in json.loads((path / "trainer_state.json").read_text())["log_history"]
+            if "loss" in entry
+        ]
+        for path in (trained[0], workplace / config)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class TestMistakes:
+    """One clear line on stderr, a non-zero exit code, and nothing left under the output's name."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--granularity", "attn_sequense"], "did you mean 'attn_sequence'?"),
+            (["--mod_n", "9"], "it runs from 1 to 6"),
+            (["--target_capacity", "1.5"], "target_capacity 1.5 must lie between 0 and 1"),
+            (["--train_file", "nowhere.jsonl"], "train_file nowhere.jsonl: no such file"),
+            (["--model_name_or_path", "./nowhere"], "./nowhere"),
+            (["--router_dir", "ckpt"], "no routers.safetensors"),
+            (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], "4 or 8 would"),
+        ],
+    )
+    def test_wrong_argument(self, workplace, repository, tmp_path, monkeypatch, capfd, arguments, message):
+        entrypoint = repository / "entrypoints/finetune/finetune_mod.py"
+        command = [
+            *(entrypoint, "--model_name_or_path", workplace / "ckpt/tiny-mod", "--use_cpu", "true"),
+            *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", tmp_path / "out", *arguments),
+        ]
+        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+        monkeypatch.chdir(workplace)
+        with pytest.raises(SystemExit) as exit_code:  # in this process: importing everything anew takes seconds
+            runpy.run_path(str(entrypoint), run_name="__main__")
+        assert exit_code.value.code == 1
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert message in line
+        assert not (tmp_path / "out").exists()
+
+    def test_output_directory_of_another_run_or_of_this_one_finished(self, finetune, trained):
+        before = (trained[0] / ROUTERS).read_bytes()
+        for arguments, message in (
+            (["--seed", "7"], "holds another run: its seed is 42, this one's 7"),
+            ([], "holds this run, finished"),
+        ):
+            result = finetune(trained[0], *arguments, check=False)
+            assert result.returncode == 1
+            assert message in result.stderr
+        assert (trained[0] / ROUTERS).read_bytes() == before
+
+    def test_output_directory_with_other_files(self, finetune, tmp_path):
+        (tmp_path / "letter.txt").write_text("dear")
+        result = finetune(tmp_path, check=False)
+        assert result.returncode == 1
+        assert "holds other files" in result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def build(repository, *arguments):
+    return run(sys.executable, repository / "entrypoints/checkpoint/build_mod_checkpoint.py", *arguments, check=False)
+
+
+class TestBuildMistakes:
+    def test_a_base_that_lacks_a_weight_or_has_an_unknown_one_is_refused_by_name(self, repository, workplace, tmp_path):
+        from safetensors.torch import save_file
+
+        weights = load_file(workplace / "base/model.safetensors")
+        lacking = {name: t for name, t in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
+        for name, tensors, message in (
+            ("lacking", lacking, "lacks the weight model.layers.1.mlp.up_proj.weight"),
+            ("unknown", weights | {"extra.weight": torch.zeros(1)}, "has the unknown weight extra.weight"),
+            (
+                "shape",
+                weights | {"model.norm.weight": torch.zeros(3)},
+                "model.norm.weight has shape [3], expected [16]",
+            ),
+        ):
+            directory = tmp_path / name
+            shutil.copytree(workplace / "base", directory)
+            save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+            result = build(
+                repository, "--folder_name", "x", "--ckpt_root", tmp_path / "ckpt", "--base_model", directory
+            )
+            assert result.returncode == 1
+            assert message in result.stderr
+            assert "Traceback" not in result.stderr
+        assert not (tmp_path / "ckpt/x").exists()
+
+    def test_a_checkpoint_is_not_built_twice_unless_asked(self, repository, workplace):
+        arguments = ("--folder_name", "tiny-mod", "--ckpt_root", workplace / "ckpt", "--base_model", workplace / "base")
+        result = build(repository, *arguments)
+        assert result.returncode == 1
+        assert "--overwrite" in result.stderr
+
+    def test_a_new_folder_needs_a_base(self, repository, tmp_path):
+        result = build(repository, "--folder_name", "mine", "--ckpt_root", tmp_path)
+        assert result.returncode == 1
+        assert "needs --base_model" in result.stderr

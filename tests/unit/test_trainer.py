@@ -1,0 +1,255 @@
+"""The trainer on tiny random models: what trains, what the logged numbers mean, and that batching changes nothing."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from utils.io.errors import UserError
+from utils.model.checkpoint import load_mod_model, make_settings, read_config
+from utils.pipeline.arguments import RouterTrainingArguments, accumulation_steps
+from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone, last_complete_checkpoint
+from utils.pipeline.losses import capacity_hinge, executed_inputs
+
+VOCABULARY = 96
+LAYERS = [2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    directory = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def make_rows(count: int = 16, seed: int = 3) -> list[dict[str, list[int]]]:
+    """Rows of unequal length and unequally many supervised tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(6, 15, (1,), generator=generator))
+        prompt = int(torch.randint(1, length - 2, (1,), generator=generator))
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def collate(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    pad = [longest - len(row["input_ids"]) for row in rows]
+    return {
+        "input_ids": torch.tensor([r["input_ids"] + [0] * p for r, p in zip(rows, pad, strict=True)]),
+        "attention_mask": torch.tensor([[1] * len(r["input_ids"]) + [0] * p for r, p in zip(rows, pad, strict=True)]),
+        "labels": torch.tensor([r["labels"] + [-100] * p for r, p in zip(rows, pad, strict=True)]),
+    }
+
+
+def make_trainer(base_dir, output_dir, granularity="attn_sequence", rows=None, routers_seed=5, **arguments):
+    settings = make_settings(read_config(base_dir), mod_n=3, granularity=granularity)
+    model = load_mod_model(base_dir, settings)
+    generator = torch.Generator().manual_seed(routers_seed)
+    with torch.no_grad():
+        for router in model.router_modules().values():  # some inputs kept, some dropped
+            router.weight.copy_(0.3 * torch.randn(router.weight.shape, generator=generator))
+    defaults = {
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "gradient_scale": 0.5,
+        "train_sampling_strategy": "sequential",
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    args = RouterTrainingArguments(output_dir=str(output_dir), **(defaults | arguments))
+    if args.router_only:
+        freeze_backbone(model)
+    rows = rows or make_rows()
+    return RouterTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+
+
+class StopAt(TrainerCallback):
+    """Ends training at a step, as an interruption would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def logged(trainer, key="loss"):
+    return [entry for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_sequence", "block_token"])
+def test_a_step_changes_every_router_and_nothing_else(base_dir, tmp_path, granularity):
+    trainer = make_trainer(base_dir, tmp_path, granularity, max_steps=1)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {n for n, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed == {f"model.layers.{i}.router.weight" for i in LAYERS}
+
+
+def test_no_activation_below_the_first_routed_layer_is_kept_for_backward(base_dir, tmp_path):
+    trainer = make_trainer(base_dir, tmp_path)
+    seen = {}
+    for index, layer in enumerate(trainer.model.model.layers):
+        layer.register_forward_hook(lambda _, __, output, index=index: seen.update({index: output.requires_grad}))
+    trainer.train()
+    assert seen == {0: False, 1: False, 2: True, 3: True, 4: True, 5: True}
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
+def test_logged_loss_and_capacity_are_the_means_of_the_accumulation_window(base_dir, tmp_path, granularity):
+    """Against sums over single rows, with weights that differ from row to row."""
+    rows = make_rows(8)
+    trainer = make_trainer(
+        base_dir, tmp_path, granularity, rows, max_steps=1, per_device_train_batch_size=2, target_capacity=0.25
+    )
+    model = trainer.model.eval()
+    nll, tokens, hinge, executed, inputs = 0.0, 0, 0.0, torch.zeros(len(LAYERS)), 0
+    for row in rows:
+        with torch.no_grad():
+            output = model(torch.tensor([row["input_ids"]]), execution="dense")
+        labels = torch.tensor(row["labels"][1:])
+        nll += F.cross_entropy(output.logits[0, :-1], labels, ignore_index=-100, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+        gates = output.router_gates.reshape(len(LAYERS), -1)  # [layers, inputs of this row]
+        hinge += max(0.0, gates.mean().item() - 0.25)
+        executed += gates.sum(dim=1)
+        inputs += gates.shape[1]
+    trainer.train()
+    (entry,) = logged(trainer)
+    assert entry["task_loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert entry["mod_loss"] == pytest.approx(hinge / len(rows), rel=1e-5)
+    assert entry["loss"] == pytest.approx(nll / tokens + 0.5 * hinge / len(rows), rel=1e-5)
+    assert entry["capacity"] == pytest.approx((executed.mean() / inputs).item(), rel=1e-5)
+    for index, layer in enumerate(LAYERS):
+        assert entry[f"capacity/layer_{layer}"] == pytest.approx((executed[index] / inputs).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_token"])
+def test_one_row_eight_times_trains_as_eight_rows_once(base_dir, tmp_path, granularity):
+    runs = []
+    for size in (1, 2, 8):
+        trainer = make_trainer(
+            base_dir, tmp_path / str(size), granularity, per_device_train_batch_size=size, max_steps=3
+        )
+        trainer.train()
+        runs.append((torch.cat(list(trainer.router_state().values())), [entry["loss"] for entry in logged(trainer)]))
+    for routers, losses in runs[:2]:
+        torch.testing.assert_close(routers, runs[2][0], rtol=0, atol=2e-5)  # Adam divides by small gradients
+        assert losses == pytest.approx(runs[2][1], rel=1e-5)
+
+
+def test_held_out_loss_is_the_mean_over_tokens_at_any_batch_size(base_dir, tmp_path):
+    metrics = [
+        make_trainer(base_dir, tmp_path, per_device_eval_batch_size=size, rows=make_rows(7)).evaluate()
+        for size in (1, 3, 7)
+    ]
+    for name in ("eval_loss", "eval_capacity", "eval_capacity/layer_3"):
+        assert [m[name] for m in metrics] == pytest.approx([metrics[0][name]] * 3, rel=1e-5)
+
+
+def test_dense_evaluation_is_the_base_models(base_dir, tmp_path):
+    rows = make_rows(4)
+    trainer = make_trainer(base_dir, tmp_path, rows=rows)
+    base = LlamaForCausalLM.from_pretrained(base_dir)
+    batch = collate(rows)
+    with torch.no_grad():
+        expected = base(**batch).loss.item()
+    with trainer.dense():
+        metrics = trainer.evaluate(metric_key_prefix="dense")
+    assert metrics["dense_loss"] == pytest.approx(expected, rel=1e-6)
+    assert "dense_capacity" not in metrics
+    assert trainer.evaluate()["eval_loss"] != pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_that_was_cut_short_goes_on_to_the_same_routers(base_dir, tmp_path):
+    whole = make_trainer(base_dir, tmp_path / "whole", max_steps=6, train_sampling_strategy="random")
+    whole.train()
+
+    save = {"max_steps": 6, "train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 3}
+    first = make_trainer(base_dir, tmp_path / "cut", **save)
+    first.add_callback(StopAt(3))
+    first.train()
+    checkpoint = last_complete_checkpoint(tmp_path / "cut")
+    assert checkpoint.endswith("checkpoint-3")
+    second = make_trainer(base_dir, tmp_path / "cut", routers_seed=99, **save)
+    second.train(resume_from_checkpoint=checkpoint)
+    for name, router in whole.router_state().items():
+        assert torch.equal(router, second.router_state()[name])
+
+
+def test_a_checkpoint_holds_routers_and_optimizer_state_only(base_dir, tmp_path):
+    trainer = make_trainer(base_dir, tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    files = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert {"routers.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "COMPLETE"} <= set(files)
+    assert not {"model.safetensors", "pytorch_model.bin"} & set(files)
+    state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    assert sum(entry["exp_avg"].numel() for entry in state.values()) == 32 * len(LAYERS)
+
+
+def test_a_checkpoint_without_its_end_mark_is_not_resumed_from(tmp_path):
+    for step, complete in ((3, True), (20, True), (100, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
+    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-20")
+    assert last_complete_checkpoint(tmp_path / "checkpoint-3") is None
+
+
+def test_router_only_false_trains_the_backbone_too(base_dir, tmp_path):
+    trainer = make_trainer(base_dir, tmp_path, router_only=False, max_steps=1)
+    before = trainer.model.lm_head.weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.lm_head.weight, before)
+
+
+class TestCapacityLoss:
+    def test_padding_is_no_input(self):
+        gates = torch.tensor([[[1.0, 0.0, 1.0, 1.0]]])  # 1 layer, 1 sequence, 4 tokens of which 2 are padding
+        executed, inputs = executed_inputs(gates, torch.tensor([[1, 1, 0, 0]]))
+        assert executed.tolist() == [[1.0]]
+        assert inputs.tolist() == [2.0]
+
+    def test_the_target_steers_one_sequence_by_itself(self):
+        """The published hinge, on one layer of one sequence, is blind to every target below 1."""
+        gates = torch.tensor([[1.0], [1.0], [0.0], [0.0]], requires_grad=True)  # capacity 0.5
+        executed, inputs = executed_inputs(gates, None)
+        assert capacity_hinge(executed, inputs, 0.25).tolist() == [0.25]
+        assert (
+            torch.autograd.grad(capacity_hinge(executed, inputs, 0.25).sum(), gates)[0].flatten().tolist() == [0.25] * 4
+        )
+        assert not torch.autograd.grad(capacity_hinge(executed, inputs, 0.75).sum(), gates)[0].any()
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize(("size", "device", "processes", "steps"), [(64, 1, 1, 64), (64, 4, 2, 8), (8, 8, 1, 1)])
+    def test_steps_make_up_the_global_batch(self, size, device, processes, steps):
+        assert accumulation_steps(size, device, processes) == steps
+
+    def test_a_batch_that_does_not_divide_names_sizes_that_do(self):
+        with pytest.raises(UserError, match=r"global_batch_size 10 .* 3 processes of 2 sequences; 6 or 12 would"):
+            accumulation_steps(10, 2, 3)
+
+    def test_the_process_count_comes_from_the_launcher(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        with pytest.raises(UserError, match="3 processes"):
+            RouterTrainingArguments(output_dir=str(tmp_path), global_batch_size=8)
