@@ -1,4 +1,4 @@
-"""Small real tokenizers of the two common kinds, and chat templates in the manner of the common families."""
+"""Small real tokenizers, chat templates of the common families, and slow ways to check labels."""
 
 import json
 from functools import cache
@@ -140,3 +140,36 @@ def make_tokenizer(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(KINDS[kind]()), **marks)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
+
+
+def supervised_pieces(row, tokenizer) -> list[str]:
+    """Decode each run of supervised tokens."""
+    runs, last = [], None
+    for at, label in enumerate(row["labels"]):
+        if label != -100:
+            assert label == row["input_ids"][at]
+            if last != at - 1:
+                runs.append([])
+            runs[-1].append(label)
+            last = at
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+def prefix_mask(tokenizer, messages) -> list[bool]:
+    """The slow way: encode the conversation up to and with each answer, and count tokens."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    mask = [False] * len(ids(tokenizer.apply_chat_template(messages, tokenize=False)))
+    for at, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:at], tokenize=False, add_generation_prompt=True)
+            through = tokenizer.apply_chat_template(messages[: at + 1], tokenize=False).removesuffix("\n")
+            mask[len(ids(before)) : len(ids(through))] = [True] * (len(ids(through)) - len(ids(before)))
+    return mask

@@ -1,4 +1,4 @@
-"""Collation and the held-out split."""
+"""Collation, the order of batches, and the held-out split."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,10 @@ from chat_tokenizers import make_tokenizer
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from utils.data.collation import SupervisedCollator
+from utils.data.sampling import LengthGroupedSampler
 from utils.data.splitting import split_held_out
 from utils.io.errors import UserError
 
@@ -101,3 +103,67 @@ def test_no_text_is_on_both_sides_and_none_is_lost(texts, wanted, seed):
 def test_a_split_that_cannot_be_is_an_error(arguments, message):
     with pytest.raises(UserError, match=message):
         split_held_out(conversations("abc"), **arguments)
+
+
+class TestLengthGroupedSampler:
+    LENGTHS = np.random.default_rng(0).integers(1, 500, 1003).tolist()
+
+    def order(self, epoch=0, seed=0, batch_size=8):
+        sampler = LengthGroupedSampler(self.LENGTHS, batch_size, seed)
+        sampler.set_epoch(epoch)
+        assert len(sampler) == len(self.LENGTHS)
+        return list(sampler)
+
+    def test_each_row_comes_once(self):
+        assert sorted(self.order()) == list(range(1003))
+
+    def test_the_order_follows_from_seed_and_epoch_alone(self):
+        first = self.order(epoch=1)
+        torch.manual_seed(5)
+        np.random.seed(5)
+        assert self.order(epoch=1) == first
+        assert self.order(epoch=2) != first
+        assert self.order(epoch=1, seed=1) != first
+
+    def test_rows_of_a_batch_are_about_equally_long_and_batches_are_in_no_order(self):
+        lengths = np.array(self.LENGTHS)[self.order()[:1000]].reshape(-1, 8)
+        padding = 1 - lengths.sum() / (lengths.max(axis=1).sum() * 8)
+        assert padding < 0.03
+        assert lengths[0].sum() == lengths.sum(axis=1).max()
+        assert abs(np.corrcoef(lengths[:-1].mean(axis=1), lengths[1:].mean(axis=1))[0, 1]) < 0.3
+
+    @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9])
+    def test_few_rows_are_ordered_too(self, rows):
+        assert sorted(LengthGroupedSampler([5] * rows, 8)) == list(range(rows))
+
+    def test_a_resumed_run_sees_the_batches_of_the_run_it_continues(self, tmp_path):
+        seen = []
+
+        class Collator:
+            def __call__(self, features):
+                seen.append([feature["input_ids"][0] for feature in features])
+                return SupervisedCollator(0)(features)
+
+        class GroupingTrainer(Trainer):
+            def _get_train_sampler(self, train_dataset=None):
+                return LengthGroupedSampler(self.train_dataset["length"][:], batch_size=4, seed=self.args.seed)
+
+        def train(**arguments):
+            seen.clear()
+            torch.manual_seed(0)
+            sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+            config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, **sizes)
+            settings = TrainingArguments(
+                str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2, save_steps=8, save_strategy="steps",
+                use_cpu=True, report_to=[], disable_tqdm=True, logging_strategy="no",
+            )  # fmt: skip
+            rows = [{"input_ids": [at] * (1 + at % 5), "labels": [at] * (1 + at % 5)} for at in range(24)]
+            dataset = Dataset.from_list([row | {"length": len(row["labels"])} for row in rows])
+            GroupingTrainer(LlamaForCausalLM(config), settings, train_dataset=dataset, data_collator=Collator()).train(
+                **arguments
+            )
+            return list(seen)
+
+        whole = train()
+        assert train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))[-4:] == whole[8:]
+        assert sorted(whole[:6]) != sorted(whole[6:])

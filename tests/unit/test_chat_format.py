@@ -1,7 +1,7 @@
 """The assistant's spans in rendered conversations: exact for every template, or the conversation is refused."""
 
 import pytest
-from chat_tokenizers import CHATML, TEMPLATES, VICUNA, make_tokenizer
+from chat_tokenizers import CHATML, TEMPLATES, VICUNA, make_tokenizer, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,11 +10,6 @@ from utils.io.errors import UserError
 
 END_MARKS = {"llama3": "<|eot|>", "llama2": " </s>", "mistral": "</s>", "vicuna": "</s>"}
 FORMATS = {name: TemplateFormat(make_tokenizer(template=template)) for name, template in TEMPLATES.items()}
-
-
-def turns(*contents: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
 
 
 def supervised_texts(chat) -> list[str]:

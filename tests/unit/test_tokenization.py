@@ -4,7 +4,17 @@ import json
 
 import numpy as np
 import pytest
-from chat_tokenizers import CHATML, KINDS, LLAMA3, TEMPLATES, VICUNA, make_tokenizer
+from chat_tokenizers import (
+    CHATML,
+    KINDS,
+    LLAMA3,
+    TEMPLATES,
+    VICUNA,
+    make_tokenizer,
+    prefix_mask,
+    supervised_pieces,
+    turns,
+)
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,41 +23,8 @@ from utils.data.tokenization import ConversationEncoder, tokenize_dataset
 from utils.io.errors import UserError
 
 
-def turns(*contents: str) -> list[dict[str, str]]:
-    """User and assistant in turn."""
-    return [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
-
-
 def dataset_of(*conversations) -> Dataset:
     return Dataset.from_list([{"messages": messages} for messages in conversations])
-
-
-def supervised_pieces(row, tokenizer) -> list[str]:
-    """Decode each run of supervised tokens."""
-    runs, last = [], None
-    for at, label in enumerate(row["labels"]):
-        if label != -100:
-            assert label == row["input_ids"][at]
-            if last != at - 1:
-                runs.append([])
-            runs[-1].append(label)
-            last = at
-    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
-
-
-def prefix_mask(tokenizer, messages) -> list[bool]:
-    """The slow way: encode the conversation up to and with each answer, and count tokens."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    mask = [False] * len(ids(tokenizer.apply_chat_template(messages, tokenize=False)))
-    for at, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:at], tokenize=False, add_generation_prompt=True)
-            through = tokenizer.apply_chat_template(messages[: at + 1], tokenize=False).removesuffix("\n")
-            mask[len(ids(before)) : len(ids(through))] = [True] * (len(ids(through)) - len(ids(before)))
-    return mask
 
 
 CONVERSATION = turns(
@@ -153,7 +130,7 @@ def test_no_row_left_is_an_error_that_gives_the_reasons():
 
 
 def test_several_processes_give_the_same_rows():
-    conversations = dataset_of(*[turns(f"Question {at}", f"Answer {at}") for at in range(600)], turns("x"))
+    conversations = dataset_of(*[turns(f"Question {at}", f"Answer {at}") for at in range(1100)], turns("x"))
     alone = tokenize_dataset(conversations, make_tokenizer(), 100, progress=False)
     together = tokenize_dataset(conversations, make_tokenizer(), 100, num_proc=2, progress=False)
     assert alone[0].to_list() == together[0].to_list()

@@ -12,23 +12,26 @@ Rows without a supervised token are dropped and counted by reason, rows longer t
 Results are kept in a cache folder under a name that follows from all that they depend on.
 """
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from tokenizers import Encoding
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +45,7 @@ IGNORE_INDEX = -100
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 # Part of the cache's key: raise it whenever the same input would give other tokens or labels.
 _CODE_VERSION = 1
-_BATCH_ROWS = 256
+_BATCH_ROWS = 512
 
 NO_ASSISTANT = "no assistant's turn"
 CUT_AWAY = "no supervised token within max_seq_length"
@@ -110,6 +113,11 @@ class ConversationEncoder:
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.chat_format = make_chat_format(chat_format, tokenizer)
+        # A copy, for truncation and padding are state of the tokenizer that whoever called it last has set.
+        self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = False
         self._check_offsets()
 
     def encode(self, conversations: Iterable[Sequence[Message]]) -> EncodedBatch:
@@ -126,36 +134,26 @@ class ConversationEncoder:
         batch = EncodedBatch([], [], 0, dropped)
         if not chats:
             return batch
-        encoding = self._tokenize([chat.text for chat in chats])
-        for chat, ids, offsets in zip(chats, encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            input_ids = np.array(ids[: self.max_seq_length], dtype=np.int32)
-            cut = np.array(offsets[: self.max_seq_length], dtype=np.int32).reshape(-1, 2)
-            supervised = supervised_tokens(cut, chat.text, chat.spans)
-            if not supervised.any():
+        add_special_tokens = self.chat_format.add_special_tokens
+        encodings = self.backend.encode_batch([chat.text for chat in chats], add_special_tokens=add_special_tokens)
+        for chat, encoding in zip(chats, encodings, strict=True):
+            input_ids = np.array(encoding.ids[: self.max_seq_length], dtype=np.int32)
+            labels = np.full_like(input_ids, IGNORE_INDEX)
+            for start, end in supervised_tokens(encoding, chat.text, chat.spans):
+                labels[start:end] = input_ids[start:end]
+            if (labels == IGNORE_INDEX).all():
                 dropped[CUT_AWAY] += 1
                 continue
             batch.input_ids.append(input_ids)
-            batch.labels.append(np.where(supervised, input_ids, np.int32(IGNORE_INDEX)))
-            batch.truncated += len(ids) > self.max_seq_length
+            batch.labels.append(labels)
+            batch.truncated += len(encoding) > self.max_seq_length
         return batch
-
-    def _tokenize(self, texts: list[str]) -> Any:
-        return self.tokenizer(
-            texts,
-            add_special_tokens=self.chat_format.add_special_tokens,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
 
     def _check_offsets(self) -> None:
         """Refuse tokenizers whose offsets leave characters out (older Llama-3 files give every token a width of 0)."""
         text = "One two, three: 4."
         covered = np.zeros(len(text), dtype=bool)
-        for start, end in self._tokenize([text])["offset_mapping"][0]:
+        for start, end in self.backend.encode(text, add_special_tokens=False).offsets:
             covered[start:end] = True
         if not all(covered[at] or character.isspace() for at, character in enumerate(text)):
             raise UserError(
@@ -164,23 +162,34 @@ class ConversationEncoder:
             )
 
 
-def supervised_tokens(offsets: np.ndarray, text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Say for each token whether it belongs to one of the spans.
+def supervised_tokens(encoding: Encoding, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return which tokens belong to each of the spans.
+
+    Tokens are in the order of the text, so the first and the last of a span are found by bisection; asking for the
+    offsets of all of them would take longer than encoding.
 
     Args:
-        offsets: (start, end) of each token in `text`, in characters, int [N, 2]; (0, 0) for tokens that are not in it.
+        encoding: the encoded text.
         text: the rendered conversation.
-        spans: (start, end) of the assistant's turns in characters.
+        spans: (start, end) of the assistant's turns in characters, in order.
 
     Returns:
-        bool [N].
+        (first, last + 1) in tokens for each span that has any.
     """
-    ends = offsets[:, 1]
-    # Some tokenizers trim the space off a token's offsets (" word" -> "word"): a token really starts where the one
-    # before it ended. Tokens that share a character (the bytes of an emoji) start at that character.
-    reached = np.maximum.accumulate(np.concatenate([[0], ends]))[:-1]
-    starts = np.minimum(offsets[:, 0], reached)
-    supervised = np.zeros(len(offsets), dtype=bool)
+    # The marks that the tokenizer adds at either end are not in the text.
+    first, last = 0, len(encoding)
+    while first < last and encoding.token_to_chars(first) is None:
+        first += 1
+    while first < last and encoding.token_to_chars(last - 1) is None:
+        last -= 1
+
+    def starts_from(position: int, token: int) -> bool:
+        # Some tokenizers trim the space off a token's offsets (" word" -> "word"): a token really starts where the
+        # one before it ended. Tokens that share a character (the bytes of an emoji) start at that character.
+        start = encoding.token_to_chars(token)[0]
+        return start >= position and (token == first or encoding.token_to_chars(token - 1)[1] >= position)
+
+    ranges = []
     for start, end in spans:
         space_before = start
         while space_before > 0 and text[space_before - 1].isspace():
@@ -188,9 +197,17 @@ def supervised_tokens(offsets: np.ndarray, text: str, spans: Sequence[tuple[int,
         first_text = start
         while first_text < end and text[first_text].isspace():
             first_text += 1
-        within = (starts >= start) | ((starts >= space_before) & (ends > first_text))
-        supervised |= within & (starts < end)
-    return supervised
+
+        def within(token: int, start=start, space_before=space_before, first_text=first_text) -> bool:
+            if starts_from(start, token):
+                return True
+            return encoding.token_to_chars(token)[1] > first_text and starts_from(space_before, token)
+
+        begin = bisect_left(range(last), True, lo=first, key=within)
+        stop = bisect_left(range(last), True, lo=begin, key=lambda token, end=end: starts_from(end, token))
+        if begin < stop:
+            ranges.append((begin, stop))
+    return ranges
 
 
 def tokenize_dataset(
@@ -287,17 +304,25 @@ def _encode_all(dataset: Dataset, encoder: ConversationEncoder, num_proc: int) -
     # Spawned, not forked: the tokenizers' threads and torch's may hold locks. The executor, unlike a Pool, says so
     # when a worker is killed. At most two batches a worker are under way, so the texts are never copied as a whole.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, settings) as pool:
-        under_way: list[tuple[int, Future[EncodedBatch]]] = []
-        for start in starts:
-            batch = conversations(start)
-            under_way.append((len(batch), pool.submit(_encode_in_worker, batch)))
-            if len(under_way) >= 2 * workers:
-                rows, future = under_way.pop(0)
+        under_way: deque[tuple[int, Future[EncodedBatch]]] = deque()
+        try:
+            for start in starts:
+                batch = conversations(start)
+                under_way.append((len(batch), pool.submit(_encode_in_worker, batch)))
+                if len(under_way) >= 2 * workers:
+                    rows, future = under_way.popleft()
+                    yield rows, future.result()
+            while under_way:
+                rows, future = under_way.popleft()
                 yield rows, future.result()
-        for rows, future in under_way:
-            yield rows, future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of the {workers} tokenization processes was killed, most likely for want of memory; "
+                "use a smaller num_proc"
+            ) from error
 
 
+# A worker's own encoder: sent once, not with each batch.
 _worker_encoder: ConversationEncoder | None = None
 
 
@@ -315,14 +340,10 @@ def _encode_in_worker(conversations: list[list[Message]]) -> EncodedBatch:
 def _cache_key(dataset: Dataset, encoder: ConversationEncoder) -> str:
     """Return a hash of all that the result depends on: the texts, the tokenizer, the settings and this code."""
     tokenizer = encoder.tokenizer
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # These two are set by whoever called the tokenizer last and play no part here.
-    backend.pop("truncation", None)
-    backend.pop("padding", None)
     settings = [
         _CODE_VERSION,
         transformers.__version__,
-        backend,
+        encoder.backend.to_str(),
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         tokenizer.chat_template,
         encoder.chat_format.name,

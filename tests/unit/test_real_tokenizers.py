@@ -1,0 +1,99 @@
+"""Labels on the tokenizers of released models, against decoding and against encoding every prefix."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chat_tokenizers import LLAMA2, MISTRAL, prefix_mask, supervised_pieces, turns
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, LlamaTokenizer
+
+from utils.data.tokenization import ConversationEncoder
+
+CONVERSATIONS = [
+    turns("What is the capital of France?", "Paris.", "And of Japan?", "Tokyo 🗼, with 37 million people."),
+    turns("", "I see an empty message.", "yes", "yes"),
+    turns("Write code", "```python\ndef f(x):\n\treturn  x\n```\n\nDone.", "thanks\n\n", "👩‍👩‍👧 ¡De nada! 不客气"),
+    turns("Hello", "", "Are you there?", "\u00a0Now I am.\u3000"),
+    turns("<|user|>\n<|assistant|>", "Roles: [INST] <<SYS>> ### Response: assistant\n"),
+]
+TEXTS = st.one_of(st.text(max_size=60), st.text(alphabet=" \n\tab1.é😀", max_size=12))
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_dir):
+    return AutoTokenizer.from_pretrained(smollm2_dir)
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    """The SentencePiece model of Mistral-7B v0.1, read by transformers."""
+    package = importlib.util.find_spec("mistral_common")
+    if package is None or importlib.util.find_spec("sentencepiece") is None:
+        pytest.skip("needs the packages mistral-common (for the tokenizer's file) and sentencepiece (to read it)")
+    folder = tmp_path_factory.mktemp("mistral")
+    source = Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
+    shutil.copy(source, folder / "tokenizer.model")
+    return LlamaTokenizer.from_pretrained(folder)
+
+
+def encode(tokenizer, messages, chat_format="template", limit=10**6):
+    batch = ConversationEncoder(tokenizer, limit, chat_format).encode([messages])
+    assert not batch.dropped
+    return {"input_ids": batch.input_ids[0].tolist(), "labels": batch.labels[0].tolist()}
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_smollm2_supervises_the_answers_to_the_letter(smollm2, messages):
+    answers = [message["content"] + "<|im_end|>" for message in messages[1::2]]
+    assert supervised_pieces(encode(smollm2, messages), smollm2) == answers
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_smollm2_labels_equal_those_of_encoding_every_prefix(smollm2, messages):
+    mask = np.array(encode(smollm2, messages)["labels"]) != -100
+    assert mask.tolist() == prefix_mask(smollm2, messages)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(TEXTS, min_size=2, max_size=4))
+def test_smollm2_supervises_nothing_else_whatever_the_contents(smollm2, contents):
+    # Its vocabulary lacks some control characters, and leaves them out without a word.
+    assume(all(smollm2.decode(smollm2(text).input_ids) == text for text in contents))
+    messages = turns(*contents)
+    pieces = supervised_pieces(encode(smollm2, messages), smollm2)
+    answers = [message["content"] + "<|im_end|>" for message in messages[1::2]]
+    assert len(pieces) == len(answers)
+    for piece, answer in zip(pieces, answers, strict=True):
+        # White space that is one token with the new line before the turn is left out: the model is never asked for it.
+        assert answer.endswith(piece)
+        assert not answer.removesuffix(piece).strip()
+
+
+@pytest.mark.parametrize("chat_format", ["template", "tags"])
+@pytest.mark.parametrize("template", [MISTRAL, LLAMA2])
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_mistral_supervises_the_answers(mistral, messages, template, chat_format):
+    mistral.chat_template = template
+    answers = [message["content"].strip() + "</s>" for message in messages[1::2]]
+    pieces = supervised_pieces(encode(mistral, messages, chat_format), mistral)
+    assert ["".join(piece.split()) for piece in pieces] == ["".join(answer.split()) for answer in answers]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(TEXTS, min_size=2, max_size=4))
+def test_mistral_supervises_nothing_else_whatever_the_contents(mistral, contents):
+    messages = turns(*contents)
+    pieces = supervised_pieces(encode(mistral, messages, "tags"), mistral)
+    answers = [message["content"].strip() + "</s>" for message in messages[1::2]]
+    assert ["".join(piece.split()) for piece in pieces] == ["".join(answer.split()) for answer in answers]
+
+
+def test_a_token_that_the_template_and_an_answer_share_is_not_supervised(mistral):
+    mistral.chat_template = MISTRAL
+    row = encode(mistral, turns("Smile", ";) :-)"))
+    assert mistral.convert_ids_to_tokens(row["input_ids"])[-5:] == ["];", ")", "▁:", "-)", "</s>"]
+    assert supervised_pieces(row, mistral) == [") :-)</s>"]
