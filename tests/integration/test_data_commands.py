@@ -209,6 +209,11 @@ def test_a_worker_that_is_killed_is_an_error_of_its_set(endless, tmp_path):
     assert error.startswith("error: slim_orca: its process was killed by signal 9")
     assert not (out / "slim_orca" / "data.jsonl").exists()
 
+    raw = endless / "slim_orca" / "oo-labeled_correct.gpt4.sharegpt.jsonl.zst"
+    raw.write_bytes(zstandard.compress(json.dumps(ORCA[0]).encode()))
+    assert run(REFORMAT, *arguments).returncode == 0
+    assert names(out) == ["report.json", "slim_orca/data.jsonl"]  # and no longer what the killed worker had begun
+
 
 @pytest.fixture
 def reformatted(tmp_path):

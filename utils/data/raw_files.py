@@ -112,7 +112,7 @@ class RawStream:
         return self._file.tell()
 
     def read(self, size: int) -> bytes:
-        """Return the next `size` bytes or a little more, fewer only at the end of the file, none after it.
+        """Return the next `size` bytes or up to a chunk more, fewer only at the end of the file, none after it.
 
         Raises:
             StreamFault: the compressed file is damaged here; all before it has been returned.
@@ -154,8 +154,8 @@ def _unpack(file: Any, new_decoder: Any) -> Iterator[bytes]:
                 raise StreamFault(
                     "corrupt", f"the compressed data is damaged near byte {file.tell()}: {error}"
                 ) from None
-            if piece:
-                yield piece
+            for start in range(0, len(piece), CHUNK):
+                yield piece[start : start + CHUNK]
             data = decoder.unused_data if decoder.eof else b""
             if decoder.eof:
                 decoder = None

@@ -1,9 +1,12 @@
 """Writes that are never seen half done: everything goes to a temporary name in the same folder, then is renamed."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import IO, Any
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` for writing and rename it to `path` when the block ends without an error.
 
+    What an earlier process left when it was killed is removed: the lock on a temporary file goes with its process.
+
     Args:
         path: final name; its folder is made if it is not there.
         mode: `"w"` (UTF-8 text, newlines as written) or `"wb"`.
@@ -23,15 +28,17 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    _lock(handle)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)  # before the file is closed, which gives up its lock
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -84,6 +91,26 @@ def link_or_copy(source: str | Path, target: str | Path, copy: bool = False) -> 
                 continue
     shutil.copyfile(source, target)
     return "copy"
+
+
+def _remove_abandoned(path: Path) -> None:
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try:
+            with open(temporary, "rb") as file:
+                status = os.stat(temporary)
+                just_made = status.st_size == 0 and time.time() - status.st_mtime < 60  # perhaps not locked yet
+                if not just_made and _lock(file.fileno()):
+                    temporary.unlink()
+        except OSError:
+            continue  # gone meanwhile, or somebody else's
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False  # held by another process, or a file system without locks
+    return True
 
 
 def _umask() -> int:
