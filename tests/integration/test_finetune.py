@@ -79,7 +79,7 @@ def finetune(workplace, repository):
             *launcher,
             *(repository / "entrypoints/finetune/finetune_mod.py", "--model_name_or_path", workplace / "ckpt/tiny-mod"),
             *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
-            *("--max_train_samples", 32, "--max_eval_samples", 8, "--max_seq_length", 48, "--max_steps", 3),
+            *("--max_train_samples", 32, "--max_eval_samples", 8, "--max_seq_length", 160, "--max_steps", 3),
             *("--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
             *("--train_sampling_strategy", "sequential", *arguments),
         ]
@@ -191,7 +191,7 @@ class TestARun:
         directory = workplace / "full"
         finetune(
             *(directory, "--model_name_or_path", workplace / "base", "--granularity", "mlp_token"),
-            *("--mod_n", 2, "--router_only", "false", "--max_steps", 1),
+            *("--mod_n", 2, "--router_only", "false", "--max_steps", 2),
         )
         assert not os.path.samefile(directory / "base.safetensors", workplace / "base/model.safetensors")
         model = load_mod_model(directory)

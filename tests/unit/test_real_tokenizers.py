@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,14 @@ def mistral(tmp_path_factory):
     return LlamaTokenizer.from_pretrained(folder)
 
 
-def encode(tokenizer, messages, chat_format="template", limit=10**6):
-    batch = ConversationEncoder(tokenizer, limit, chat_format).encode([messages])
+@cache
+def encoder_for(tokenizer, template, chat_format):
+    tokenizer.chat_template = template
+    return ConversationEncoder(tokenizer, 10**6, chat_format)
+
+
+def encode(tokenizer, messages, chat_format="template"):
+    batch = encoder_for(tokenizer, tokenizer.chat_template, chat_format).encode([messages])
     assert not batch.dropped
     return {"input_ids": batch.input_ids[0].tolist(), "labels": batch.labels[0].tolist()}
 

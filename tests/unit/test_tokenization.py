@@ -56,13 +56,16 @@ TEXTS = st.one_of(
 )
 
 
+ENCODERS = {kind: ConversationEncoder(make_tokenizer(kind, LLAMA3), 1000) for kind in KINDS}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=80, deadline=None)
 @given(contents=st.lists(TEXTS, min_size=2, max_size=4))
 def test_whatever_the_contents_only_answers_are_supervised(kind, contents):
-    tokenizer = make_tokenizer(kind, LLAMA3)
+    tokenizer = ENCODERS[kind].tokenizer
     messages = turns(*contents)
-    batch = ConversationEncoder(tokenizer, 1000).encode([messages])
+    batch = ENCODERS[kind].encode([messages])
     if batch.dropped:
         return
     row = {"input_ids": batch.input_ids[0].tolist(), "labels": batch.labels[0].tolist()}

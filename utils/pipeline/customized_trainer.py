@@ -64,7 +64,7 @@ class RouterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         if not model.training:  # one batch by itself: the loss is the mean over its own tokens
-            outputs = model(**inputs, route=self._route)
+            outputs = model(**inputs, route=self._route, use_cache=False)
             loss = outputs.loss
             nll = loss * tokens
         else:
