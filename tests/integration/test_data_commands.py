@@ -17,6 +17,8 @@ import zstandard
 ROOT = Path(__file__).resolve().parents[2]
 REFORMAT = ROOT / "entrypoints" / "data" / "reformat_datasets.py"
 MIX = ROOT / "entrypoints" / "data" / "mix_datasets.py"
+DOWNLOAD = ROOT / "entrypoints" / "data" / "download_datasets.py"
+BENCHMARK = ROOT / "entrypoints" / "data" / "benchmark_data.py"
 
 
 def command(script, *arguments):
@@ -270,12 +272,24 @@ def test_mix_without_one_of_its_sets_is_an_error_that_names_it(reformatted, tmp_
     assert not (tmp_path / "mixed").exists()
 
 
-@pytest.mark.parametrize("script", [REFORMAT, MIX], ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", [REFORMAT, MIX, DOWNLOAD, BENCHMARK], ids=lambda script: script.stem)
 def test_help_explains_every_option_and_costs_no_seconds(script):
     start = time.monotonic()
     done = run(script, "--help")
     assert done.returncode == 0
     assert time.monotonic() - start < 5
-    options = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")]
-    assert len(options) >= 5
-    assert "default" in done.stdout
+    explained = done.stdout.split("options:")[1].split("\n  -")[1:]
+    assert len(explained) >= 4
+    assert all(len(option.split()) > 4 for option in explained)
+
+
+def test_benchmark_measures_all_it_promises(tmp_path):
+    small = ("--speed_mb", 1, "--repeats", 1, "--memory_mb", 1, "--mix_rows", 100)
+    done = run(BENCHMARK, *small, "--work_dir", tmp_path, "--output", tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["speed"]) == {"reformat", "plain json loop", "bare json.load"}
+    assert len({way["rows"] for way in results["speed"].values()}) == 1
+    assert 5 < results["reformat"]["peak_mib"] < 1024
+    assert 5 < results["mix"]["peak_mib"] < 1024
+    assert os.listdir(tmp_path) == ["results.json"]

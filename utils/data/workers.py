@@ -135,28 +135,32 @@ def _stop(processes: list[Any]) -> None:
 
 
 def _work(job: Job, connection: Connection) -> None:
-    last, stopped = 0.0, False
+    last, progress, stopped = 0.0, (0, 0), False
 
     def stop(number: int, frame: Any) -> None:
         nonlocal stopped
         stopped = True
 
     def tell(rows: int, consumed: int) -> None:
-        nonlocal last
+        nonlocal last, progress
         if stopped:
             sys.exit(128 + signal.SIGTERM)
+        progress = rows, consumed
         if time.monotonic() - last >= _TELL_EVERY:
             last = time.monotonic()
-            connection.send(("progress", (rows, consumed)))
+            connection.send(("progress", progress))
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        connection.send(("result", job.function(*job.arguments, tell=tell)))
+        result = job.function(*job.arguments, tell=tell)
+        connection.send(("progress", progress))
+        connection.send(("result", result))
     except BrokenPipeError:
         os._exit(1)  # the parent is gone, there is nobody to tell
     except UserError as error:
         connection.send(("error", str(error)))
     except OSError as error:
-        connection.send(("error", f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+        name = f"{error.filename}: " if error.filename else ""
+        connection.send(("error", f"{name}{error.strerror or error}"))
     except Exception:
         connection.send(("bug", traceback.format_exc()))
