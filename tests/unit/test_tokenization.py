@@ -1,6 +1,7 @@
 """Labels from character offsets, against slow and independent ways to find them."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -138,6 +139,19 @@ def test_several_processes_give_the_same_rows():
     together = tokenize_dataset(conversations, make_tokenizer(), 100, num_proc=2, progress=False)
     assert alone[0].to_list() == together[0].to_list()
     assert alone[1] == together[1]
+
+
+class EndsTheProcessThatUnpicklesIt:
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_killed_process_is_an_error_and_not_a_hang():
+    tokenizer = make_tokenizer()
+    tokenizer.extra = EndsTheProcessThatUnpicklesIt()
+    conversations = dataset_of(*[CONVERSATION] * 600)
+    with pytest.raises(UserError, match="one of the 2 tokenization processes was killed"):
+        tokenize_dataset(conversations, tokenizer, 100, num_proc=2, progress=False)
 
 
 @pytest.mark.parametrize(

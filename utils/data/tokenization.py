@@ -6,7 +6,7 @@ turns and is wrong wherever a tokenizer merges across the cut.
 
 A token is supervised if it starts within an assistant's turn. One that starts in the white space before a turn and
 reaches into its text (SentencePiece joins a space with the word after it) is supervised as well: it is the turn's first
-token. One that starts in other fixed text is not.
+token. One that starts in other fixed text is not, nor is white space that the template puts around an answer.
 
 Rows without a supervised token are dropped and counted by reason, rows longer than the limit are cut at its end.
 Results are kept in a cache folder under a name that follows from all that they depend on.
@@ -31,9 +31,9 @@ import numpy as np
 import transformers
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from tokenizers import Encoding
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import EncodingFast
 
 from utils.data.chat_format import Message, RefusedConversationError, make_chat_format
 from utils.io.errors import UserError
@@ -162,7 +162,7 @@ class ConversationEncoder:
             )
 
 
-def supervised_tokens(encoding: Encoding, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def supervised_tokens(encoding: EncodingFast, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return which tokens belong to each of the spans.
 
     Tokens are in the order of the text, so the first and the last of a span are found by bisection; asking for the
