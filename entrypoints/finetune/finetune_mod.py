@@ -23,6 +23,7 @@ def main() -> None:
 
     from utils.data.collation import SupervisedCollator
     from utils.data.messages import load_messages
+    from utils.data.sampling import LengthGroupedSampler
     from utils.data.splitting import split_held_out
     from utils.data.tokenization import tokenize_dataset
     from utils.evaluation.forward_speed import forward_speed
@@ -103,6 +104,10 @@ def main() -> None:
     )
 
     # train
+    sampler = None
+    if training_args.train_sampling_strategy == "group_by_length":
+        # by whole optimizer steps: the order is the same for any number of processes and any micro-batch
+        sampler = LengthGroupedSampler(train_set["length"][:], training_args.global_batch_size, training_args.seed)
     trainer = RouterTrainer(
         model=model,
         args=training_args,
@@ -110,6 +115,7 @@ def main() -> None:
         eval_dataset=eval_set,
         data_collator=collator,
         processing_class=tokenizer,
+        train_sampler=sampler,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RouterProgressCallback)

@@ -81,7 +81,7 @@ def finetune(workplace, repository):
             *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
             *("--max_train_samples", 32, "--max_eval_samples", 8, "--max_seq_length", 160, "--max_steps", 3),
             *("--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
-            *("--train_sampling_strategy", "sequential", *arguments),
+            *arguments,
         ]
         return run(*command, cwd=repository, check=check, **environment)
 

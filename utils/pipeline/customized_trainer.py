@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -36,12 +37,15 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 class RouterTrainer(Trainer):
     """Trains routers: `L = L_task + lambda * L_MoD` (Eq. 9). Make it after `freeze_backbone`.
 
+    `train_sampler`, if given, orders the training rows instead of Trainer's own sampler.
+
     Logged besides Trainer's own: `task_loss` (true mean over the supervised tokens), `mod_loss`, `capacity`, and
     `capacity/layer_i`. A checkpoint holds routers and optimizer state, not the frozen backbone.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._train_sampler = train_sampler
         layers = self.model.config.mod_settings.layers
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences = 0
@@ -55,6 +59,9 @@ class RouterTrainer(Trainer):
             yield
         finally:
             self._route = True
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self._train_sampler or super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
