@@ -102,8 +102,17 @@ def test_cached_calls_equal_recomputing_with_the_decisions_of_prefill(arch, gran
 
 @every_architecture
 @every_granularity
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_sparse_equals_dense_with_a_cache_also_at_padding(arch, granularity, attention):
+    assert_sparse_equals_dense_with_a_cache(arch, granularity, attention)
+
+
+@every_granularity
+def test_sparse_equals_dense_with_a_cache_in_eager_attention(granularity):
+    assert_sparse_equals_dense_with_a_cache("mistral", granularity, "eager")
+
+
+def assert_sparse_equals_dense_with_a_cache(arch, granularity, attention):
     model = mixed_model(granularity, arch, ALL_BUT_LAST, attn_implementation=attention)
     shares = []
     for side in ("none", "left", "right"):
