@@ -11,7 +11,13 @@ import torch
 
 
 def reference_forward(
-    base, routers: dict[int, torch.Tensor], granularity: str, threshold: float, input_ids, attention_mask=None
+    base,
+    routers: dict[int, torch.Tensor],
+    granularity: str,
+    threshold: float,
+    input_ids,
+    attention_mask=None,
+    prompt_tokens: int | None = None,
 ):
     """Run the base model with routers over its layers.
 
@@ -21,6 +27,7 @@ def reference_forward(
         granularity, threshold: of the routing.
         input_ids: int64 [batch, tokens].
         attention_mask: 1 for real tokens, [batch, tokens]; None for all.
+        prompt_tokens: a sequence is decided on the real ones among its first so many tokens; None for all.
 
     Returns:
         logits float32 [batch, tokens, vocabulary], zero at padding; scores and gates, layer index -> [batch]
@@ -42,7 +49,8 @@ def reference_forward(
                 """Return for each real token whether it is kept, and write down scores and gates."""
                 weight = routers[index].double()[0]
                 if level == "sequence":
-                    pooled = sum(normed[t].double() for t in range(len(real))) / len(real)
+                    prompt = [t for t, position in enumerate(real) if prompt_tokens is None or position < prompt_tokens]
+                    pooled = sum(normed[t].double() for t in prompt) / len(prompt)
                     score = 1 / (1 + math.exp(-float(pooled @ weight)))
                     scores[index][row], gates[index][row] = score, float(score >= threshold)
                     return [score >= threshold] * len(real)

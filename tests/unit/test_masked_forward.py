@@ -18,8 +18,7 @@ from model_zoo import (
 )
 from routing_reference import reference_forward
 
-from utils.model.configuration_mod import GRANULARITIES, routed_layers
-from utils.model.execution_mod import SPARSE_GRANULARITIES
+from utils.model.configuration_mod import EXECUTIONS, GRANULARITIES, routed_layers
 
 LOGITS_BOUND = 5e-5
 """Float32 rounding between two orders of summation, for logits whose standard deviation is about 1."""
@@ -40,11 +39,6 @@ def padded_batches() -> dict[str, dict[str, torch.Tensor]]:
     return batches
 
 
-def executions(granularity: str) -> tuple[str, ...]:
-    """The executions that exist for a granularity."""
-    return ("dense", "sparse") if granularity in SPARSE_GRANULARITIES else ("dense",)
-
-
 def assert_follows_contract(base, model, granularity: str, threshold: float, **inputs) -> torch.Tensor:
     """Compare each execution with the reference; returns the gates of the real tokens or sequences, flat."""
     routers = {index: router.weight for index, router in model.router_modules().items()}
@@ -54,7 +48,7 @@ def assert_follows_contract(base, model, granularity: str, threshold: float, **i
     with torch.no_grad():
         logits, scores, gates = reference_forward(base, routers, granularity, threshold, inputs["input_ids"], mask)
     scores, gates = (torch.stack([of[index][decided] for index in routers]) for of in (scores, gates))
-    for execution in executions(granularity):
+    for execution in EXECUTIONS:
         with torch.no_grad():
             output = model(**inputs, execution=execution)
         torch.testing.assert_close(output.router_scores[:, decided], scores, atol=SCORES_BOUND, rtol=0)
@@ -71,7 +65,7 @@ def test_routers_at_zero_give_exactly_the_base_model_in_float32(arch, granularit
     for inputs in padded_batches().values():
         with torch.no_grad():
             expected = base(**inputs, use_cache=False).logits
-            for execution in executions(granularity):
+            for execution in EXECUTIONS:
                 output = model(**inputs, execution=execution)
                 assert output.router_gates.eq(1).all()
                 assert (output.logits - expected).abs().max() == 0
@@ -85,7 +79,7 @@ def test_routers_at_zero_give_exactly_the_base_model_in_bfloat16(arch, granulari
     for inputs in padded_batches().values():
         with torch.no_grad():
             expected = base(**inputs, use_cache=False).logits
-            for execution in executions(granularity):
+            for execution in EXECUTIONS:
                 logits = model(**inputs, execution=execution).logits
                 assert logits.dtype == torch.bfloat16
                 assert (logits - expected).abs().max() == 0
@@ -217,7 +211,7 @@ def test_a_tuple_comes_back_where_return_dict_is_false():
     _, model = make_pair("llama", "attn_sequence")
     input_ids = random_tokens(2, 6)
     with torch.no_grad():
-        logits, scores, gates = model(input_ids, return_dict=False)
+        logits, scores, gates = model(input_ids, return_dict=False, use_cache=False)
         output = model(input_ids)
     assert logits.equal(output.logits)
     assert scores.equal(output.router_scores)

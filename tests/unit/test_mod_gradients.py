@@ -65,7 +65,7 @@ def test_the_gradient_of_a_routed_layer_is_that_of_the_formula(arch, granularity
     }
     routing = Routing(token_mask=None, sparse=False)
     (routed(hidden_states, routing=routing, **kwargs) * upstream).sum().backward()
-    gates = routing.gates[1].detach()
+    gates = routing.decisions[1].gates.detach()
     assert 0 < gates.mean() < 1
 
     free = gates.clone().requires_grad_(True)

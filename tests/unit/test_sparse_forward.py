@@ -4,19 +4,29 @@ from collections import Counter
 
 import pytest
 import torch
-from model_zoo import ARCHITECTURES, LAYERS, NUM_LAYERS, make_pair, pad, random_tokens, randomize_routers, texts
+from model_zoo import (
+    ARCHITECTURES,
+    LAYERS,
+    NUM_LAYERS,
+    SEQUENCE_GRANULARITIES,
+    make_pair,
+    pad,
+    random_tokens,
+    randomize_routers,
+    texts,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.model.execution_mod import SPARSE_GRANULARITIES, select_rows
+from utils.model.configuration_mod import GRANULARITIES
+from utils.model.execution_mod import select_rows
 
 LOGITS_BOUND = 2e-5
 """Float32: a matrix product over fewer rows may sum in another order."""
 
-ROW_GRANULARITIES = tuple(name for name in SPARSE_GRANULARITIES if name.endswith("_sequence"))
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
-every_sparse_granularity = pytest.mark.parametrize("granularity", SPARSE_GRANULARITIES)
-every_row_granularity = pytest.mark.parametrize("granularity", ROW_GRANULARITIES)
+every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+every_row_granularity = pytest.mark.parametrize("granularity", SEQUENCE_GRANULARITIES)
 
 
 class RowCounter:
@@ -56,7 +66,7 @@ def gated_branches(granularity: str) -> tuple[str, ...]:
 
 
 @every_architecture
-@every_sparse_granularity
+@every_granularity
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_sparse_equals_dense(arch, granularity, attention):
     _, model = make_pair(arch, granularity, attention=attention)
@@ -78,7 +88,7 @@ def test_sparse_equals_dense(arch, granularity, attention):
     assert 0.1 < torch.cat([gate.flatten() for gate in gates]).mean() < 0.9
 
 
-@every_sparse_granularity
+@every_granularity
 def test_sparse_equals_dense_with_position_ids_and_embeddings_of_each_row(granularity):
     _, model = make_pair("mistral", granularity)
     randomize_routers(model, scale=0.7)
@@ -94,7 +104,7 @@ def test_sparse_equals_dense_with_position_ids_and_embeddings_of_each_row(granul
     torch.testing.assert_close(sparse.logits[mask.bool()], dense.logits[mask.bool()], atol=LOGITS_BOUND, rtol=0)
 
 
-@every_sparse_granularity
+@every_granularity
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sparse_decides_as_dense_in_low_precision_and_keeps_the_dtype(granularity, dtype):
     _, model = make_pair("llama", granularity, layers=(1,))
@@ -108,7 +118,7 @@ def test_sparse_decides_as_dense_in_low_precision_and_keeps_the_dtype(granularit
     torch.testing.assert_close(sparse.logits, dense.logits, atol=bound, rtol=0)
 
 
-@every_sparse_granularity
+@every_granularity
 def test_sparse_equals_dense_under_autocast(granularity):
     _, model = make_pair("llama", granularity, layers=(1,))
     randomize_routers(model, scale=0.7)
@@ -161,7 +171,7 @@ def test_nothing_is_gathered_where_all_rows_are_kept(granularity):
     assert routed.counts["mm"] <= dense_base.counts["mm"] + len(LAYERS)
 
 
-@every_sparse_granularity
+@every_granularity
 def test_inference_is_sparse_and_training_dense_unless_asked_otherwise(granularity):
     _, model = make_pair("llama", granularity, threshold=0.6)
     counter = RowCounter(model)
@@ -174,11 +184,7 @@ def test_inference_is_sparse_and_training_dense_unless_asked_otherwise(granulari
             assert [len(counter.rows[index, branch]) for index in LAYERS] == [calls] * len(LAYERS)
 
 
-def test_every_granularity_by_rows_is_executed_sparsely():
-    assert set(ROW_GRANULARITIES) >= {"attn_sequence", "mlp_sequence", "block_sequence"}
-
-
-@every_sparse_granularity
+@every_granularity
 def test_one_row_is_executed_whole_or_not_at_all(granularity):
     _, model = make_pair("mistral", granularity, layers=tuple(range(NUM_LAYERS - 1)))
     randomize_routers(model, scale=1.0)

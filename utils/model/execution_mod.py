@@ -2,19 +2,18 @@
 
 Training runs the dense form: `y = x + M * F(x)` (Eq. 3), so that a dropped input still tells its router what keeping
 it would have done. Inference runs the sparse form, which never computes what is dropped (Eq. 5) and gives the same
-numbers. Here the sparse form covers decisions for whole sequences without a KV cache; token level and the cache build
-on it. This file travels inside every checkpoint.
+numbers, with and without a KV cache. Sparse execution gives the router no gradient from the task. Where everything or
+nothing is kept, nothing is gathered. This file travels inside every checkpoint.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
-from .configuration_mod import MoDSettings
-from .routing_mod import Routing
-
-SPARSE_GRANULARITIES = ("attn_sequence", "mlp_sequence", "block_sequence")
-"""Granularities for which `sparse_forward` exists; the others run dense."""
+from .routing_mod import Decision, Routing, decide
+from .token_attention_mod import attend_kept_tokens
 
 
 def dense_forward(
@@ -25,23 +24,24 @@ def dense_forward(
     Args:
         layer: a decoder layer with `MoDDecoderLayerMixin`.
         hidden_states: [batch, tokens, hidden_size].
-        routing: this forward's routing; the layer's scores and gates are recorded in it.
+        routing: this forward's routing; the layer's decision is recorded in it.
         attention_kwargs: what the attention takes besides its hidden states.
 
     Returns:
         [batch, tokens, hidden_size], in the dtype of `hidden_states`.
     """
     target = layer.mod_settings.target
+    cache = attention_kwargs["past_key_values"]
     residual = hidden_states
     normed = layer.input_layernorm(hidden_states)
     if target != "mlp":
-        gate = _broadcast(layer.route(normed, routing), hidden_states)
-    attention, _ = layer.self_attn(hidden_states=normed, **attention_kwargs)
+        gate = _gate(layer, normed, routing, cache)
+    attention = _attend(layer, normed, attention_kwargs)
     hidden_states = residual + (gate * attention if target == "attn" else attention)
 
     normed = layer.post_attention_layernorm(hidden_states)
     if target == "mlp":
-        gate = _broadcast(layer.route(normed, routing), hidden_states)
+        gate = _gate(layer, normed, routing, cache)
     mlp = layer.mlp(normed)
     hidden_states = hidden_states + (gate * mlp if target == "mlp" else mlp)
     if target == "block":
@@ -53,39 +53,73 @@ def dense_forward(
 def sparse_forward(
     layer: torch.nn.Module, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """Compute the kept sequences only (Eq. 5); same arguments and, up to rounding, same result as `dense_forward`.
+    """Compute kept inputs only (Eq. 5); same arguments and, up to rounding, same result as `dense_forward`.
 
-    The rows are gathered only where some are kept and some are not. Finding them moves one small mask to the host.
+    Finding what is kept moves one small mask to the host, at sequence level only where the cache has no decision yet.
     """
+    run = _sparse_sequences if layer.mod_settings.level == "sequence" else _sparse_tokens
+    return run(layer, hidden_states, routing, attention_kwargs)
+
+
+def _sparse_sequences(
+    layer: torch.nn.Module, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
+) -> torch.Tensor:
     target = layer.mod_settings.target
+    cache = attention_kwargs["past_key_values"]
+    norm = layer.input_layernorm
     if target == "mlp":
-        attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **attention_kwargs)
-        hidden_states = hidden_states + attention
-        normed = layer.post_attention_layernorm(hidden_states)
-        rows = _kept_rows(layer.route(normed, routing))
-        if rows is None:
-            return hidden_states + layer.mlp(normed)
-        return _add_rows(hidden_states, rows, lambda: layer.mlp(normed[rows]))
+        norm = layer.post_attention_layernorm
+        hidden_states = hidden_states + _attend(layer, layer.input_layernorm(hidden_states), attention_kwargs)
 
-    normed = layer.input_layernorm(hidden_states)
-    rows = _kept_rows(layer.route(normed, routing))
+    decision, normed = _recall(layer, routing, cache), None
+    if decision is None:
+        normed = norm(hidden_states)
+        decision = _decide(layer, normed, routing, cache)
+    rows = decision.kept
     if rows is None:
-        attention, _ = layer.self_attn(hidden_states=normed, **attention_kwargs)
-        hidden_states = hidden_states + attention
-        return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
-
-    row_kwargs = select_rows(attention_kwargs, rows, batch=hidden_states.shape[0])
-    if target == "attn":
-        hidden_states = _add_rows(
-            hidden_states, rows, lambda: layer.self_attn(hidden_states=normed[rows], **row_kwargs)[0]
-        )
-        return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
-
+        return _whole_branch(layer, hidden_states, norm(hidden_states) if normed is None else normed, attention_kwargs)
     if len(rows) == 0:
-        return hidden_states
-    kept = hidden_states[rows] + layer.self_attn(hidden_states=normed[rows], **row_kwargs)[0]
-    kept = kept + layer.mlp(layer.post_attention_layernorm(kept))
+        if target != "mlp" and cache is not None:
+            _cache_no_rows(layer.self_attn, hidden_states, cache)
+        return _add_mlp(layer, hidden_states) if target == "attn" else hidden_states
+
+    normed = norm(hidden_states[rows]) if normed is None else normed[rows]  # [kept, tokens, hidden_size]
+    if target == "mlp":
+        return _add_at(hidden_states, rows, layer.mlp(normed))
+    attention = _attend(layer, normed, select_rows(attention_kwargs, rows, batch=hidden_states.shape[0]))
+    if target == "attn":
+        return _add_mlp(layer, _add_at(hidden_states, rows, attention))
+    kept = _add_mlp(layer, hidden_states[rows] + attention)
     return hidden_states.index_copy(0, rows, kept.to(hidden_states.dtype))
+
+
+def _sparse_tokens(
+    layer: torch.nn.Module, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
+) -> torch.Tensor:
+    target = layer.mod_settings.target
+    norm = layer.input_layernorm
+    if target == "mlp":
+        norm = layer.post_attention_layernorm
+        hidden_states = hidden_states + _attend(layer, layer.input_layernorm(hidden_states), attention_kwargs)
+
+    normed = norm(hidden_states)
+    decision = _decide(layer, normed, routing, cache=None)
+    kept = decision.kept
+    if kept is None:
+        return _whole_branch(layer, hidden_states, normed, attention_kwargs)
+
+    flat = hidden_states.flatten(0, 1)  # [batch * tokens, hidden_size]
+    if target == "mlp":
+        if len(kept) > 0:
+            flat = _add_at(flat, kept, layer.mlp(normed.flatten(0, 1)[kept]))
+        return flat.view_as(hidden_states)
+    attention = attend_kept_tokens(layer.self_attn, normed, decision, attention_kwargs)  # [kept, hidden_size]
+    if target == "attn":
+        flat = flat if attention is None else _add_at(flat, kept, attention)
+        return _add_mlp(layer, flat.view_as(hidden_states))
+    if attention is not None:
+        flat = flat.index_copy(0, kept, _add_mlp(layer, flat[kept] + attention).to(flat.dtype))
+    return flat.view_as(hidden_states)
 
 
 def select_rows(attention_kwargs: dict[str, Any], rows: torch.Tensor, batch: int) -> dict[str, Any]:
@@ -94,15 +128,20 @@ def select_rows(attention_kwargs: dict[str, Any], rows: torch.Tensor, batch: int
     Tensors whose first dimension is 1 hold for every row and stay as they are.
 
     Raises:
-        ValueError: the mask is of a kind that can't be taken apart by rows (a flex-attention block mask).
+        ValueError: the mask is of a kind that can't be taken apart by rows.
     """
-
-    def pick(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return tensor[rows] if tensor is not None and batch > 1 and tensor.shape[0] == batch else tensor
-
     mask = attention_kwargs["attention_mask"]
-    if mask is not None and not isinstance(mask, torch.Tensor):
-        raise ValueError(f"sparse execution can't select rows of a {type(mask).__name__}; load with another attention")
+    if mask is not None and not isinstance(mask, torch.Tensor | BlockMask):
+        raise ValueError(f"sparse execution can't select rows of a {type(mask).__name__}: use another attention")
+
+    def pick(tensor: Any) -> Any:
+        if tensor is None or tensor.shape[0] != batch:
+            return tensor
+        selected = tensor[rows]
+        if isinstance(tensor, BlockMask):
+            selected.mask_mod = _of_rows(tensor.mask_mod, rows)  # torch 2.13 drops it when it takes rows
+        return selected
+
     return {
         **attention_kwargs,
         "attention_mask": pick(mask),
@@ -111,24 +150,64 @@ def select_rows(attention_kwargs: dict[str, Any], rows: torch.Tensor, batch: int
     }
 
 
-def default_execution(settings: MoDSettings, training: bool) -> str:
-    """Return `dense` in training and where there is no sparse form, `sparse` otherwise."""
-    return "sparse" if not training and settings.granularity in SPARSE_GRANULARITIES else "dense"
+def _of_rows(mask_mod: Callable, rows: torch.Tensor) -> Callable:
+    def rows_mask_mod(batch, head, query, key):
+        return mask_mod(rows[batch], head, query, key)
+
+    return rows_mask_mod
 
 
-def _broadcast(gates: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """[batch] or [batch, tokens] float32 -> [batch, 1 or tokens, 1] in the dtype of the hidden states."""
-    return gates.reshape(gates.shape[0], -1, 1).to(hidden_states.dtype)
+def _recall(layer: torch.nn.Module, routing: Routing, cache: Any) -> Decision | None:
+    """Return and record the decision that prefill took, None where this call is the prefill."""
+    if cache is None or layer.mod_settings.level == "token":
+        return None
+    decision = cache.layers[layer.layer_idx].decision
+    if decision is not None:
+        routing.decisions[layer.layer_idx] = decision
+    return decision
 
 
-def _kept_rows(gates: torch.Tensor) -> torch.Tensor | None:
-    """Return the indices of the kept sequences, int64 [kept], or None where all are kept."""
-    rows = gates.nonzero().squeeze(-1)
-    return None if len(rows) == len(gates) else rows
+def _decide(layer: torch.nn.Module, normed: torch.Tensor, routing: Routing, cache: Any) -> Decision:
+    """Decide on the normed input [batch, tokens, hidden_size], record it and let the cache hold it."""
+    settings = layer.mod_settings
+    decision = Decision(*decide(layer.router, normed, settings.level, settings.threshold, routing.token_mask))
+    routing.decisions[layer.layer_idx] = decision
+    if cache is not None and settings.level == "sequence":
+        cache.layers[layer.layer_idx].hold(decision, packed=routing.sparse and settings.target != "mlp")
+    return decision
 
 
-def _add_rows(hidden_states: torch.Tensor, rows: torch.Tensor, branch) -> torch.Tensor:
-    """Add the branch's output, [kept, tokens, hidden_size], to the sequences `rows`; no call where there are none."""
-    if len(rows) == 0:
-        return hidden_states
-    return hidden_states.index_add(0, rows, branch().to(hidden_states.dtype))
+def _gate(layer: torch.nn.Module, normed: torch.Tensor, routing: Routing, cache: Any) -> torch.Tensor:
+    """Return the gates, [batch, 1 or tokens, 1], in the dtype of the hidden states."""
+    decision = _recall(layer, routing, cache) or _decide(layer, normed, routing, cache)
+    return decision.gates.reshape(normed.shape[0], -1, 1).to(normed.dtype)
+
+
+def _attend(layer: torch.nn.Module, normed: torch.Tensor, attention_kwargs: dict[str, Any]) -> torch.Tensor:
+    return layer.self_attn(hidden_states=normed, **attention_kwargs)[0]
+
+
+def _add_mlp(layer: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+def _whole_branch(
+    layer: torch.nn.Module, hidden_states: torch.Tensor, normed: torch.Tensor, attention_kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Finish the layer from the normed input of what is gated, as if it weren't."""
+    if layer.mod_settings.target == "mlp":
+        return hidden_states + layer.mlp(normed)
+    return _add_mlp(layer, hidden_states + _attend(layer, normed, attention_kwargs))
+
+
+def _add_at(hidden_states: torch.Tensor, index: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    # under autocast the branch has a lower precision than the residual stream
+    return hidden_states.index_add(0, index, branch.to(hidden_states.dtype))
+
+
+def _cache_no_rows(attention: torch.nn.Module, hidden_states: torch.Tensor, cache: Any) -> None:
+    """Let the cache count the new tokens where no row executes them."""
+    nothing = hidden_states.new_empty(
+        0, attention.config.num_key_value_heads, hidden_states.shape[1], attention.head_dim
+    )
+    cache.update(nothing, nothing, attention.layer_idx)

@@ -26,6 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils import can_return_tuple
 
+from .cache_mod import MoDCache, adapt_cache, check_cache, refuse_decisions
 from .configuration_mod import (
     EXECUTIONS,
     MoDLlamaConfig,
@@ -34,8 +35,8 @@ from .configuration_mod import (
     MoDQwen3Config,
     check_choice,
 )
-from .execution_mod import SPARSE_GRANULARITIES, default_execution, dense_forward, sparse_forward
-from .routing_mod import MoDRouter, Routing, decide
+from .execution_mod import dense_forward, sparse_forward
+from .routing_mod import MoDRouter, Routing
 
 
 @dataclass
@@ -59,13 +60,6 @@ class MoDDecoderLayerMixin:
         self.layer_idx = layer_idx
         self.mod_settings = config.mod_settings
         self.router = MoDRouter(config.hidden_size)
-
-    def route(self, normed: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Decide on the normed input [batch, tokens, hidden_size], record it in `routing` and return the gates."""
-        settings = self.mod_settings
-        scores, gates = decide(self.router, normed, settings.level, settings.threshold, routing.token_mask)
-        routing.scores[self.layer_idx], routing.gates[self.layer_idx] = scores, gates
-        return gates
 
     def forward(
         self,
@@ -134,23 +128,57 @@ class MoDPreTrainedMixin:
         return {index: layers[index].router for index in self.config.mod_settings.layers}
 
     def make_routing(
-        self, attention_mask: Any, tokens: int, past_key_values, use_cache: bool | None, execution: str | None
+        self, inputs: torch.Tensor, attention_mask: Any, execution: str | None, drafts: int = 0, **kwargs
     ) -> Routing:
-        """Prepare the routing of one forward over `tokens` new positions; see `MoDForCausalLMMixin.forward`."""
-        settings = self.config.mod_settings
-        if use_cache or past_key_values is not None:
-            raise ValueError("a routed model has no KV cache yet: pass use_cache=False (also to generate)")
+        """Prepare the routing of one forward.
+
+        Args:
+            inputs: the new tokens or their embeddings, [batch, tokens, ...].
+            attention_mask: [batch, past + tokens], or None; at token level any mask that the base model takes.
+            execution: `dense`, `sparse`, or None for dense in training and sparse otherwise.
+            drafts: number of trailing tokens that have no say in a sequence's decision.
+            kwargs: the forward's further keywords.
+
+        Raises:
+            ValueError: as `MoDForCausalLMMixin.forward`.
+        """
         if execution is None:
-            execution = default_execution(settings, self.training)
+            execution = "dense" if self.training else "sparse"
         check_choice("execution", execution, EXECUTIONS)
-        if execution == "sparse" and settings.granularity not in SPARSE_GRANULARITIES:
-            raise ValueError(f"execution 'sparse' is not there for {settings.granularity} yet: use 'dense'")
+        if execution == "sparse" and kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("sparse execution computes no attention map for what it skips: pass execution='dense'")
+        if self.config.mod_settings.level == "token":
+            return Routing(token_mask=None, sparse=execution == "sparse")
+
+        batch, tokens = inputs.shape[:2]
         token_mask = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -tokens:].bool()
-        elif attention_mask is not None and settings.level == "sequence":
+        elif attention_mask is not None:
             raise ValueError("a decision for each sequence needs the 2D attention_mask [batch, tokens], or none")
+        if drafts:
+            counted = torch.arange(tokens, device=inputs.device).expand(batch, -1) < tokens - drafts
+            token_mask = counted if token_mask is None else token_mask & counted
         return Routing(token_mask=token_mask, sparse=execution == "sparse")
+
+    def make_cache(
+        self, inputs: torch.Tensor, past_key_values: Any, use_cache: bool | None, routing: Routing
+    ) -> tuple[Any, bool]:
+        """Return the cache of one forward over `inputs`, adapted or new or None, and whether it is to be returned.
+
+        Raises:
+            ValueError: as `MoDForCausalLMMixin.forward`.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if not routing.enabled:
+            refuse_decisions(past_key_values)
+        elif past_key_values is not None:
+            adapt_cache(past_key_values, self.config)
+            check_cache(past_key_values, self.config, inputs.shape[0], routing.sparse)
+        elif use_cache:
+            past_key_values = MoDCache(self.config)
+        return past_key_values, use_cache
 
 
 class MoDModelMixin(MoDPreTrainedMixin):
@@ -180,16 +208,17 @@ class MoDModelMixin(MoDPreTrainedMixin):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Return the last hidden states, [batch, tokens, hidden_size]; `routing` is made here if it isn't given."""
+        inputs = input_ids if input_ids is not None else inputs_embeds
         if routing is None:
-            tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-            routing = self.make_routing(attention_mask, tokens, past_key_values, use_cache, execution=None)
+            routing = self.make_routing(inputs, attention_mask, execution=None, **kwargs)
+        past_key_values, use_cache = self.make_cache(inputs, past_key_values, use_cache, routing)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache if not routing.enabled else False,
+            use_cache=use_cache,
             routing=routing,
             **kwargs,
         )
@@ -218,28 +247,35 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
         logits_to_keep: int | torch.Tensor = 0,
         route: bool = True,
         execution: str | None = None,
+        drafted: bool = False,
         **kwargs,
     ) -> MoDCausalLMOutput | CausalLMOutputWithPast:
-        """Run the language model, as transformers' `forward` with two more keywords.
+        """Run the language model, as transformers' `forward` with three more keywords.
 
         Args:
             input_ids: int64 [batch, tokens], or `inputs_embeds` [batch, tokens, hidden_size].
-            attention_mask: [batch, tokens], 1 for real tokens; None where there is no padding.
+            attention_mask: [batch, past + tokens], 1 for real tokens; None where there is no padding.
+            past_key_values: an empty `DynamicCache` or `MoDCache`, or one that this model has filled. The decisions
+                that its first call takes for sequences hold for all later ones.
             labels: int64 [batch, tokens], -100 where unsupervised.
+            use_cache: default as the config says, but False in training.
             route: False runs the dense base model, as if every input were kept.
-            execution: `dense` or `sparse`; default dense in training, sparse otherwise where it is implemented.
+            execution: `dense` or `sparse`; default dense in training, sparse otherwise. One cache stays with one.
+            drafted: the last `logits_to_keep - 1` tokens are drafts to be verified and have no say in a sequence's
+                decision; `generate` sets it, so that assisted decoding decides as plain decoding does.
 
         Returns:
             `MoDCausalLMOutput` with logits [batch, tokens, vocabulary].
 
         Raises:
-            ValueError: a KV cache is asked for, the execution is unknown or missing for the granularity, or a
-                sequence decision would have to guess the padding from a mask that isn't 2D.
+            ValueError: the execution is unknown; attention maps are asked for in sparse execution; a sequence
+                decision would have to guess the padding from a mask that isn't 2D; or the cache is of a class that
+                can't hold decisions, was filled without routing or by the other execution, or by another batch size.
         """
         if route:
-            tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-            routing = self.make_routing(attention_mask, tokens, past_key_values, use_cache, execution)
-            use_cache = False
+            inputs = input_ids if input_ids is not None else inputs_embeds
+            drafts = logits_to_keep - 1 if drafted and isinstance(logits_to_keep, int) and logits_to_keep > 1 else 0
+            routing = self.make_routing(inputs, attention_mask, execution, drafts, **kwargs)
         else:
             routing = Routing(token_mask=None, sparse=False, enabled=False)
         output = super().forward(
@@ -259,9 +295,13 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
         layers = self.config.mod_settings.layers
         return MoDCausalLMOutput(
             **output,
-            router_scores=torch.stack([routing.scores[index] for index in layers]),
-            router_gates=torch.stack([routing.gates[index] for index in layers]),
+            router_scores=torch.stack([routing.decisions[index].scores for index in layers]),
+            router_gates=torch.stack([routing.decisions[index].gates for index in layers]),
         )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """Return `forward`'s keywords for one step of `generate`."""
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"drafted": True}
 
 
 class MoDLlamaDecoderLayer(MoDDecoderLayerMixin, LlamaDecoderLayer):

@@ -1,4 +1,4 @@
-"""The routing decision: router, pooling, threshold, straight-through estimator.
+"""The routing decision: router, pooling, threshold, straight-through estimator, kept rows.
 
 `R(x) = sigmoid(W x)` (Eq. 1), `M = 1 where R(x) >= threshold, else 0` (Eq. 2), `dM/dR = 1` (Eq. 4). All of it in
 float32, whatever the dtype of the model: in bfloat16 a small negative logit would round to "keep". This file travels
@@ -6,9 +6,51 @@ inside every checkpoint.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
+
+
+@dataclass
+class Decision:
+    """What one layer's router decided.
+
+    Args:
+        scores: `R(x)`, float32, [batch] (sequence level) or [batch, tokens] (token level).
+        gates: `M`, same shape and dtype, exactly 0 or 1, with the straight-through gradient in training.
+    """
+
+    scores: torch.Tensor
+    gates: torch.Tensor
+
+    @cached_property
+    def kept_on_host(self) -> torch.Tensor:
+        """Indices of the kept inputs in the flattened gates, int64 [kept] ascending, on the CPU.
+
+        Found once: this is the one transfer to the host that skipping costs.
+        """
+        return self.gates.detach().cpu().flatten().nonzero().squeeze(-1)
+
+    @cached_property
+    def kept(self) -> torch.Tensor | None:
+        """The same on the device of the gates; None where all inputs are kept."""
+        if len(self.kept_on_host) == self.gates.numel():
+            return None
+        return self.kept_on_host.to(self.gates.device, non_blocking=True)
+
+    def held(self) -> "Decision":
+        """Return the decision as a cache holds it: without gradient."""
+        return Decision(self.scores.detach(), self.gates.detach()) if self.scores.requires_grad else self
+
+    def select(self, rows: torch.Tensor) -> "Decision":
+        """Return the decisions of the sequences `rows` (int64 [selected], repeats allowed), at sequence level."""
+        rows = rows.to(self.gates.device)
+        selected = Decision(self.scores[rows], self.gates[rows])
+        kept = self.__dict__.get("kept", rows)
+        if kept is None or len(kept) == 0:
+            selected.kept = kept  # all or nothing stays so: no need to look again
+        return selected
 
 
 @dataclass
@@ -16,19 +58,16 @@ class Routing:
     """What one forward's layers need to route, and what they decided. Made for each forward, kept by nobody.
 
     Args:
-        token_mask: bool [batch, tokens], True for real tokens; None where there is no padding.
+        token_mask: bool [batch, tokens], True for tokens that count in a sequence's decision; None for all of them.
         sparse: leave out what is not kept, rather than compute it and multiply by zero.
         enabled: False runs the dense base model, as if every input were kept.
-        scores: layer index -> `R(x)`, float32, [batch] (sequence level) or [batch, tokens] (token level).
-        gates: layer index -> `M`, same shape and dtype as the scores, exactly 0 or 1, with the straight-through
-            gradient in training.
+        decisions: layer index -> what its router decided in this forward, or at the prefill of the cache.
     """
 
     token_mask: torch.Tensor | None
     sparse: bool
     enabled: bool = True
-    scores: dict[int, torch.Tensor] = field(default_factory=dict)
-    gates: dict[int, torch.Tensor] = field(default_factory=dict)
+    decisions: dict[int, Decision] = field(default_factory=dict)
 
 
 class MoDRouter(nn.Linear):

@@ -1,0 +1,164 @@
+"""A KV cache that carries the routing decisions of its sequences beside the keys and values they imply.
+
+A sequence is routed once, at prefill; every later call with that cache follows the decision, whatever its query
+length. Where attention or the block is routed, sparse execution stores keys and values of the executed rows only, so
+a layer's tensors are [executed rows, heads, tokens, head_dim] and the cache shrinks by what is skipped. Dense
+execution is the specification and keeps all rows. Nothing of a request is anywhere else, so two generations on one
+model can't meet. This file travels inside every checkpoint.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .routing_mod import Decision
+
+
+class RoutedLayerMixin:
+    """Over a growing cache layer: the decision of each sequence and, where packed, only the executed rows."""
+
+    # Defaults on the class, as `adapt_cache` takes a plain layer's attributes over without running `__init__`.
+    decision: Decision | None = None
+    packed: bool = False
+
+    def hold(self, decision: Decision, packed: bool) -> None:
+        """Keep the decision that prefill took; `packed` says that the layer stores the executed rows only."""
+        self.decision, self.packed = decision.held(), packed
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen, also where not a single row executed them."""
+        length = super().get_seq_length()
+        # transformers 5.23 takes a tensor without elements for an empty cache; before the first update it is 1D
+        if length == 0 and self.is_initialized and self.keys.dim() == 4:
+            return self.keys.shape[-2]
+        return length
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence i become what sequence `beam_idx[i]` was (beam search)."""
+        if self.decision is None:
+            super().reorder_cache(beam_idx)
+        else:
+            self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the sequences `indices`, a bool mask or integers."""
+        if self.decision is None:
+            super().batch_select_indices(indices)
+        else:
+            self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times."""
+        if self.decision is None:
+            super().batch_repeat_interleave(repeats)
+        else:
+            batch = torch.arange(len(self.decision.gates), device=self.decision.gates.device)
+            self._select(batch.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens; a cache without tokens is a new one and has no decisions."""
+        super().crop(tokens_to_remove)
+        if self.decision is not None and self.get_seq_length() == 0:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget keys, values and decisions."""
+        super().reset()
+        self.decision, self.packed = None, False
+
+    def _select(self, rows: torch.Tensor) -> None:
+        stored = rows
+        if self.packed and self.decision.kept is not None:
+            kept = self.decision.gates > 0
+            rows = rows.to(kept.device)
+            slots = kept.cumsum(0) - 1  # full row -> packed row
+            stored = slots[rows][kept[rows]]
+        stored = stored.to(self.keys.device)
+        self.keys, self.values = self.keys.index_select(0, stored), self.values.index_select(0, stored)
+        self.decision = self.decision.select(rows)
+
+
+class RoutedDynamicLayer(RoutedLayerMixin, DynamicLayer):
+    """A growing layer with decisions."""
+
+
+class RoutedSlidingWindowLayer(RoutedLayerMixin, DynamicSlidingWindowLayer):
+    """A growing layer that forgets what has left its window, with decisions."""
+
+
+_ROUTED_CLASSES = {DynamicLayer: RoutedDynamicLayer, DynamicSlidingWindowLayer: RoutedSlidingWindowLayer}
+_KNOWN_CLASSES = {*_ROUTED_CLASSES, *_ROUTED_CLASSES.values()}
+
+
+class MoDCache(DynamicCache):
+    """A `DynamicCache` for one routed model; a plain one is made into the like of it on its first use.
+
+    Args:
+        config: the routed model's config.
+    """
+
+    def __init__(self, config):
+        super().__init__(config=config)
+        adapt_cache(self, config)
+
+
+def adapt_cache(cache: Any, config) -> None:
+    """Let the routed layers of a plain `DynamicCache` hold decisions, in place; leave an adapted one as it is.
+
+    Done at each forward, so it also reaches the caches that `generate` makes and that users pass.
+
+    Raises:
+        ValueError: the cache is of another class, whose rows or lengths can't follow the decisions.
+    """
+    layers = cache.layers if isinstance(cache, DynamicCache) else None
+    if layers is None or not all(type(layer) in _KNOWN_CLASSES for layer in layers):
+        raise ValueError(
+            f"a routed model can't use a {type(cache).__name__}: pass a DynamicCache, or none (in generate, leave "
+            "cache_implementation out), or route=False"
+        )
+    settings = config.mod_settings
+    if settings.level == "token":
+        return
+    while len(layers) < config.num_hidden_layers:
+        layers.append(cache.layer_class_to_replicate())
+    for index in settings.layers:
+        layer = layers[index]
+        if not isinstance(layer, RoutedLayerMixin):
+            routed_class = _ROUTED_CLASSES[type(layer)]
+            layers[index] = routed_class.__new__(routed_class)
+            layers[index].__dict__.update(layer.__dict__)
+
+
+def check_cache(cache: Any, config, batch: int, sparse: bool) -> None:
+    """Raise `ValueError` where an adapted cache can't be continued by this call.
+
+    Args:
+        cache: an adapted cache.
+        config: the routed model's config.
+        batch: number of sequences of the call.
+        sparse: whether its execution is sparse.
+    """
+    settings = config.mod_settings
+    if settings.level == "token":
+        return
+    packed = sparse and settings.target != "mlp"
+    for index in settings.layers:
+        layer = cache.layers[index]
+        if layer.decision is None:
+            if layer.get_seq_length() > 0:
+                raise ValueError(
+                    f"layer {index} of the cache holds tokens but no decision: it was filled without routing; start "
+                    "with an empty cache"
+                )
+        elif len(layer.decision.gates) != batch:
+            raise ValueError(f"the cache holds {len(layer.decision.gates)} sequences, but the input has {batch}")
+        elif layer.packed != packed:
+            was, now = ("sparse", "dense") if layer.packed else ("dense", "sparse")
+            raise ValueError(f"the cache was filled by {was} execution and can't go on with {now}: use one throughout")
+
+
+def refuse_decisions(cache: Any) -> None:
+    """Raise `ValueError` where a cache that was filled with routing is to be continued without it."""
+    if any(getattr(layer, "decision", None) is not None for layer in getattr(cache, "layers", ())):
+        raise ValueError("the cache was filled with routing: go on with route=True, or start with an empty cache")

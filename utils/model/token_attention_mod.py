@@ -1,0 +1,188 @@
+"""Attention in which every token has keys and values, but only kept tokens have queries and outputs.
+
+This is what a token-level decision leaves of attention and block (Section 3.1): a dropped token is still attended to,
+but it asks nothing. Projections run on exactly the kept tokens. The kernels then see either the kept queries alone,
+gathered with their rows of the mask (eager and SDPA over several tokens), or all of them with zeros where a token was
+dropped, which needs no other mask and no copy of the cached keys and values (one new token, FlashAttention, flex).
+The projections follow `LlamaAttention.forward` of transformers 5.23, which Mistral and Qwen2 share and Qwen3 extends
+by two norms. This file travels inside every checkpoint.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+from .routing_mod import Decision
+
+QUERY_BLOCK = 128
+"""Positions whose kept queries are attended together: later keys are left out, as a causal kernel would."""
+
+
+def attend_kept_tokens(
+    attention: nn.Module, normed: torch.Tensor, decision: Decision, attention_kwargs: dict[str, Any]
+) -> torch.Tensor | None:
+    """Attend from the kept tokens to all tokens, and put the keys and values of all tokens into the cache.
+
+    Args:
+        attention: the layer's attention.
+        normed: [batch, tokens, hidden_size].
+        decision: for each token, with some dropped.
+        attention_kwargs: what the attention takes besides its hidden states.
+
+    Returns:
+        [kept, hidden_size] in the order of `decision.kept`, or None where nothing is kept.
+    """
+    kept = decision.kept
+    kwargs = dict(attention_kwargs)
+    mask, cache = kwargs.pop("attention_mask"), kwargs.pop("past_key_values")
+    cos, sin = kwargs.pop("position_embeddings")  # [1 or batch, tokens, head_dim]
+    if len(kept) == 0 and cache is None:
+        return None
+    keys, values = _keys_and_values(attention, normed, cos, sin)
+    if cache is not None:
+        keys, values = cache.update(keys, values, attention.layer_idx)
+    if len(kept) == 0:
+        return None
+
+    batch, tokens, hidden_size = normed.shape
+    queries = attention.q_proj(normed.reshape(-1, hidden_size)[kept]).view(len(kept), -1, attention.head_dim)
+    if hasattr(attention, "q_norm"):
+        queries = attention.q_norm(queries)
+    cos, sin = (_at_tokens(table, kept, tokens) for table in (cos, sin))
+    queries = queries * cos + rotate_half(queries) * sin  # [kept, heads, head_dim]
+
+    implementation = attention.config._attn_implementation
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    options = {
+        "dropout": attention.attention_dropout if attention.training else 0.0,
+        "scaling": attention.scaling,
+        # Qwen has a window of its own for each layer, Mistral one in its config, Llama none
+        "sliding_window": getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+    }
+
+    def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, **kwargs) -> torch.Tensor:
+        """[batch, queries, heads, head_dim] -> [batch, queries, heads * head_dim]."""
+        output, _ = interface(attention, queries.transpose(1, 2), keys, values, mask, **options, **kwargs)
+        return output.reshape(*queries.shape[:2], -1)
+
+    if tokens > 1 and implementation in ("eager", "sdpa"):
+        # Eager attention lets a query that sees nothing (padding on the left) average over all keys: leave none out.
+        length = QUERY_BLOCK if implementation == "sdpa" else tokens
+        blocks = query_blocks(decision.kept_on_host, batch, tokens, length)
+        outputs = _attend_gathered(attend, queries, blocks, tokens, keys, values, mask)
+    else:
+        padded = queries.new_zeros(batch * tokens, *queries.shape[1:]).index_copy(0, kept, queries)
+        padded = padded.view(batch, tokens, *queries.shape[1:])
+        outputs = attend(padded, keys, values, mask, **kwargs).flatten(0, 1)[kept]
+    return attention.o_proj(outputs)
+
+
+def _keys_and_values(
+    attention: nn.Module, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Project all tokens; returns two tensors [batch, key-value heads, tokens, head_dim]."""
+    shape = (*normed.shape[:2], -1, attention.head_dim)
+    keys = attention.k_proj(normed).view(shape)
+    if hasattr(attention, "k_norm"):
+        keys = attention.k_norm(keys)
+    keys, values = keys.transpose(1, 2), attention.v_proj(normed).view(shape).transpose(1, 2)
+    return keys * cos.unsqueeze(1) + rotate_half(keys) * sin.unsqueeze(1), values
+
+
+def _at_tokens(table: torch.Tensor, kept: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Pick a rotary table's rows, [1 or batch, tokens, head_dim], for flat token indices: [kept, 1, head_dim]."""
+    index = kept if table.shape[0] > 1 else kept % tokens
+    return table.flatten(0, 1)[index].unsqueeze(1)
+
+
+@dataclass
+class QueryBlock:
+    """The kept queries of one stretch of positions, arranged as a batch.
+
+    Args:
+        end: first position after the stretch.
+        chosen: int64 [chosen], which of the kept tokens lie in it.
+        picked: int64 [batch, width], the kept token that each slot holds.
+        positions: int64 [batch, width], its position.
+        slots: int64 [chosen], the chosen tokens' indices into the flattened [batch * width].
+    """
+
+    end: int
+    chosen: torch.Tensor
+    picked: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+
+
+def query_blocks(kept: torch.Tensor, batch: int, tokens: int, length: int) -> Iterator[QueryBlock]:
+    """Arrange kept tokens by position, `length` positions at a time.
+
+    Args:
+        kept: int64 [kept] on the CPU, ascending indices into the flattened [batch * tokens].
+        batch, tokens: numbers of sequences and of new tokens.
+        length: positions of one block.
+
+    Yields:
+        the blocks that hold a kept token. Where rows keep unequal numbers of tokens, a spare slot repeats the first
+        token of its block, and nobody reads its output.
+    """
+    rows, positions = kept // tokens, kept % tokens
+    for start in range(0, tokens, length):
+        end = min(start + length, tokens)
+        chosen = ((positions >= start) & (positions < end)).nonzero().squeeze(-1)
+        if len(chosen) == 0:
+            continue
+        counts = rows[chosen].bincount(minlength=batch)
+        width = int(counts.max())
+        first = counts.cumsum(0) - counts  # [batch], where each row's tokens begin in `chosen`
+        slots = torch.arange(len(chosen)) + (torch.arange(batch) * width - first)[rows[chosen]]
+        picked = chosen[:1].repeat(batch * width).index_copy(0, slots, chosen).view(batch, width)
+        yield QueryBlock(end, chosen, picked, positions[picked], slots)
+
+
+def _attend_gathered(
+    attend: Callable,
+    queries: torch.Tensor,
+    blocks: Iterator[QueryBlock],
+    tokens: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend from gathered queries, one stretch of positions after the other.
+
+    Args:
+        attend: the kernel, from queries [batch, width, heads, head_dim].
+        queries: [kept, heads, head_dim].
+        blocks: their arrangement.
+        tokens: number of new tokens; they are the last ones of the keys.
+        keys: [batch, key-value heads, past + tokens, head_dim].
+        values: the same shape.
+        mask: [1 or batch, 1, tokens, past + tokens], bool or additive; None for causal without a past.
+
+    Returns:
+        [kept, heads * head_dim].
+    """
+    batch, device = keys.shape[0], keys.device
+    past = keys.shape[2] - tokens
+    outputs = None
+    for block in blocks:
+        chosen, picked, positions, slots = (
+            index.to(device, non_blocking=True) for index in (block.chosen, block.picked, block.positions, block.slots)
+        )
+        visible = past + block.end
+        if mask is None:
+            block_mask = torch.arange(visible, device=device) <= past + positions[:, None, :, None]
+        else:
+            rows = torch.arange(batch, device=device)[:, None]
+            block_mask = mask.expand(batch, -1, -1, -1)[rows, :, positions, :visible].transpose(1, 2)
+        attended = attend(queries[picked], keys[:, :, :visible], values[:, :, :visible], block_mask)
+        if outputs is None:  # under autocast the kernel's dtype isn't that of the queries
+            outputs = attended.new_empty(len(queries), attended.shape[-1])
+        outputs[chosen] = attended.flatten(0, 1)[slots]
+    return outputs
