@@ -66,6 +66,7 @@ def make_trainer(base_dir, output_dir, granularity="attn_sequence", rows=None, r
         "global_batch_size": 8,
         "per_device_train_batch_size": 8,
         "max_steps": 2,
+        "warmup_steps": 0,
         "learning_rate": 1e-2,
         "gradient_scale": 0.5,
         "train_sampling_strategy": "sequential",
