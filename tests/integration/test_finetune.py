@@ -4,13 +4,12 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 ROUTERS = "routers.safetensors"
 RELOAD = """
@@ -24,52 +23,6 @@ batch = tokenizer("What is the capital of France?", return_tensors="pt")
 with torch.no_grad():
     torch.save(model(**batch).logits, out)
 """
-
-
-def run(*command, cwd=None, check=True, **environment):
-    """Run a command as a user would, from a folder that is not the repository's."""
-    result = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert not check or result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, repository, smollm2_dir):
-    """A tiny dense base with SmolLM2's tokenizer, its MoD checkpoint, and the embedded sample as data.jsonl."""
-    root = tmp_path_factory.mktemp("workplace")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "base")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(smollm2_dir / name, root / "base" / name)
-    run(
-        *(sys.executable, repository / "entrypoints/data/reformat_datasets.py", "--datasets", "alpaca"),
-        *("--raw_data_root", repository / "data/sample", "--save_path", root / "data"),
-        cwd=root,
-    )
-    run(
-        *(sys.executable, repository / "entrypoints/checkpoint/build_mod_checkpoint.py", "--folder_name", "tiny-mod"),
-        *("--ckpt_root", root / "ckpt", "--base_model", root / "base", "--mod_n", 3),
-        cwd=root,
-    )
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""A tiny model that the commands can train in seconds."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from commands import run
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory, repository, smollm2_dir):
+    """A tiny dense base with SmolLM2's tokenizer, its MoD checkpoint, and the embedded sample as data.jsonl."""
+    root = tmp_path_factory.mktemp("workplace")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(smollm2_dir / name, root / "base" / name)
+    run(
+        *(sys.executable, repository / "entrypoints/data/reformat_datasets.py", "--datasets", "alpaca"),
+        *("--raw_data_root", repository / "data/sample", "--save_path", root / "data"),
+        cwd=root,
+    )
+    run(
+        *(sys.executable, repository / "entrypoints/checkpoint/build_mod_checkpoint.py", "--folder_name", "tiny-mod"),
+        *("--ckpt_root", root / "ckpt", "--base_model", root / "base", "--mod_n", 3),
+        cwd=root,
+    )
+    return root
