@@ -84,7 +84,8 @@ def main() -> None:
     # model
     dtype = model_args.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if training_args.device.type == "cuda" else "float32"
+        frozen_on_gpu = training_args.device.type == "cuda" and training_args.router_only
+        dtype = "bfloat16" if frozen_on_gpu else "float32"
     model = load_mod_model(
         model_dir, settings, dtype=getattr(torch, dtype), attn_implementation=model_args.attn_implementation
     )

@@ -305,7 +305,10 @@ def load_mod_model(directory: str | Path, settings: MoDSettings | None = None, *
     settings = settings or make_settings(config)
     if is_mod(config):
         _refuse_other_routing(directory, MoDSettings.from_dict(config["mod"]), settings)
-    return model_class.from_pretrained(directory, config=_config_object(config, settings), **kwargs)
+    try:
+        return model_class.from_pretrained(directory, config=_config_object(config, settings), **kwargs)
+    except ImportError as error:  # an attention implementation whose package is not installed
+        raise UserError(f"{directory}: {error}") from None
 
 
 def load_tokenizer(directory: str | Path):

@@ -34,7 +34,9 @@ class ModelArguments:
     )
     dtype: str = field(
         default="auto",
-        metadata={"help": "Dtype of the backbone: auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16."},
+        metadata={
+            "help": "Dtype of the backbone: float32, bfloat16, or auto (bfloat16 where it is frozen and on a GPU)."
+        },
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Attention of transformers: sdpa, eager or flash_attention_2."}
