@@ -62,7 +62,10 @@ if ((gpus > 0)); then
   GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"
   MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-1}"
   config=gpu
-  if [[ "$ROUTER_ONLY" != true ]]; then arguments+=(--bf16 true); fi # float32 weights, bfloat16 computation
+  case "$ROUTER_ONLY" in
+    [Tt]rue | 1) ;;
+    *) arguments+=(--bf16 true) ;; # a trained backbone: float32 weights, bfloat16 computation
+  esac
 else # a small model and few rows: more and smaller steps
   MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
   GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-8}"
