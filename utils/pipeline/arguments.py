@@ -86,7 +86,7 @@ class RouterTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments` with the routers' own, and with defaults for router-tuning."""
 
     gradient_scale: float = field(
-        default=1.0, metadata={"help": "Weight lambda of the capacity loss (Eq. 9). 0 switches it off."}
+        default=0.3, metadata={"help": "Weight lambda of the capacity loss (Eq. 9). 0 switches it off."}
     )
     target_capacity: float = HfArg(
         default=0.5,
