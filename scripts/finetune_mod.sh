@@ -41,6 +41,13 @@ NUM_MACHINES="${NUM_MACHINES:-1}"
 MACHINE_RANK="${MACHINE_RANK:-0}"
 MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-}"
 PORT="${PORT:-0}" # 0: any free one; several machines need the same one
+for field in MAX_TRAIN_SAMPLES MAX_SEQ_LENGTH MOD_N GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE NUM_PROCESSES NUM_MACHINES \
+  MACHINE_RANK PORT SEED; do
+  [[ "${!field:-0}" =~ ^[0-9]+$ ]] || die "$field=${!field}: not a whole number"
+done
+if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$PORT" == 0 || -z "${OUTPUT_DIR:-}" ]]; then
+  die "NUM_MACHINES=$NUM_MACHINES needs MAIN_PROCESS_IP, PORT and OUTPUT_DIR, the same on every machine"
+fi
 OUTPUT_DIR="${OUTPUT_DIR:-$root/outputs/$FOLDER_NAME/$DATA_TYPE-$(date +%Y%m%d-%H%M%S)}"
 
 # shellcheck source=scripts/setup_env.sh
@@ -48,10 +55,12 @@ source "$root/scripts/setup_env.sh"
 
 # Hardware: an accelerate config, a number of processes, and batches that fit
 count_gpus() {
-  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true
+  local there
+  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]] && ((there > 0)); then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9A-Za-z]' || true # -1 hides all
   else
-    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+    echo "$there"
   fi
 }
 gpus="$(count_gpus)"
@@ -62,10 +71,6 @@ if ((gpus > 0)); then
   GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"
   MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-1}"
   config=gpu
-  case "$ROUTER_ONLY" in
-    [Tt]rue | 1) ;;
-    *) arguments+=(--bf16 true) ;; # a trained backbone: float32 weights, bfloat16 computation
-  esac
 else # a small model and few rows: more and smaller steps
   MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
   GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-8}"
@@ -74,15 +79,15 @@ else # a small model and few rows: more and smaller steps
   arguments+=(--use_cpu true)
   unset ACCELERATE_USE_CPU
 fi
+((NUM_PROCESSES > 0)) || die "NUM_PROCESSES=0: at least one process is needed"
 if ((NUM_PROCESSES > 1)); then config=ddp; fi
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/configs/accelerate/$config.yaml}"
 [[ -f "$ACCELERATE_CONFIG" ]] || die "ACCELERATE_CONFIG $ACCELERATE_CONFIG: no such file; see configs/accelerate"
-if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$PORT" == 0 ]]; then
-  die "NUM_MACHINES=$NUM_MACHINES needs MAIN_PROCESS_IP and PORT, the same on every machine"
-fi
 
 # Data
-if [[ -z "$TRAIN_FILE" ]]; then
+if [[ -n "$TRAIN_FILE" ]]; then
+  [[ -f "$TRAIN_FILE" ]] || die "TRAIN_FILE=$TRAIN_FILE: no such file"
+else
   if [[ "$DATA_TYPE" == mixed ]]; then
     TRAIN_FILE="$root/data/mixed/data.jsonl"
     [[ -f "$TRAIN_FILE" ]] || die "$TRAIN_FILE: no such file; make it with \`bash scripts/data/mix.sh\`"
@@ -106,7 +111,11 @@ fi
 
 # Model
 checkpoint="$root/ckpt/$FOLDER_NAME"
-if [[ ! -f "$checkpoint/model.safetensors.index.json" && "${DRY_RUN:-0}" != 1 ]]; then
+if [[ -f "$checkpoint/model.safetensors.index.json" ]]; then
+  if [[ -n "$BASE_MODEL" ]] && ! grep -q "\"base_model\": \"\(.*/\)\?$(basename "$BASE_MODEL")\"" "$checkpoint/config.json"; then
+    die "BASE_MODEL=$BASE_MODEL: $checkpoint is already built from another base; choose another FOLDER_NAME"
+  fi
+elif [[ "${DRY_RUN:-0}" != 1 ]]; then
   build=(--folder_name "$FOLDER_NAME")
   if [[ -n "$BASE_MODEL" ]]; then build+=(--base_model "$BASE_MODEL"); fi
   python "$root/entrypoints/checkpoint/build_mod_checkpoint.py" "${build[@]}" >&2
@@ -133,7 +142,7 @@ if [[ -n "$GRANULARITY" ]]; then arguments+=(--granularity "$GRANULARITY"); fi
 if [[ -n "$LEARNING_RATE" ]]; then arguments+=(--learning_rate "$LEARNING_RATE"); fi
 
 launch=(
-  accelerate launch --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" --main_process_port "$PORT"
+  python "$root/entrypoints/launch.py" --config_file "$ACCELERATE_CONFIG" --num_processes "$NUM_PROCESSES" --main_process_port "$PORT"
   --num_machines "$NUM_MACHINES" --machine_rank "$MACHINE_RANK"
 )
 if [[ -n "$MAIN_PROCESS_IP" ]]; then launch+=(--main_process_ip "$MAIN_PROCESS_IP"); fi

@@ -34,6 +34,8 @@ def main() -> None:
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import INDEX_FILE, build_mod_checkpoint, make_settings, read_config
 
+    if not args.folder_name or Path(args.folder_name).name != args.folder_name:
+        raise UserError(f"folder_name {args.folder_name!r} must be a plain name, of a folder under {args.ckpt_root}")
     output_dir = args.ckpt_root / args.folder_name
     variant = read_config(output_dir) if (output_dir / "config.json").is_file() else None
     base_model = args.base_model or (variant or {}).get("mod", {}).get("base_model")
@@ -44,9 +46,16 @@ def main() -> None:
         raise UserError(f"{output_dir} holds a checkpoint already; use it, or build it again with --overwrite")
 
     base_dir = resolve_base_model(base_model)
-    settings = make_settings(
-        variant or read_config(base_dir), args.mod_n, args.granularity, args.threshold, base_model=base_model
-    )
+    base = read_config(base_dir)
+    for name, ours in (("model_type", "mod_" + base["model_type"]), ("num_hidden_layers", base["num_hidden_layers"])):
+        if variant is not None and variant[name] != ours:
+            raise UserError(
+                f"{base_dir}: not a base for {args.folder_name}, whose config.json has {name} {variant[name]!r} where "
+                f"this base makes it {ours!r}; choose another --folder_name"
+            )
+    # of a local base only the name: the checkpoint travels, its maker's folders don't
+    name = Path(base_model).resolve().name if Path(base_model).is_dir() else base_model
+    settings = make_settings(variant or base, args.mod_n, args.granularity, args.threshold, base_model=name)
     how = build_mod_checkpoint(base_dir, output_dir, settings, copy_base=args.save_base == "copy")
     logging.info("%s: %s of layers %s", base_model, settings.granularity, list(settings.layers))
     logging.info("base weights: %s", how)

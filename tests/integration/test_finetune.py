@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def finetune(workplace, repository):
             *launcher,
             *(repository / "entrypoints/finetune/finetune_mod.py", "--model_name_or_path", workplace / "ckpt/tiny-mod"),
             *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
-            *("--max_train_samples", 32, "--max_eval_samples", 8, "--max_seq_length", 160, "--max_steps", 3),
+            *("--max_train_samples", 32, "--max_eval_samples", 7, "--max_seq_length", 160, "--max_steps", 3),
             *("--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
             *arguments,
         ]
@@ -153,26 +154,43 @@ class TestARun:
         assert not torch.equal(model.model.norm.weight, base)
 
 
+def logged_losses(directory):
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed and gloo launches are tested on Linux")
-@pytest.mark.parametrize("config", ["ddp", "deepspeed_zero1"])
-def test_two_processes_train_the_same_routers_as_one(workplace, repository, finetune, trained, config):
-    launcher = (
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"),
-        *("--config_file", repository / f"configs/accelerate/{config}.yaml"),
-    )
-    finetune(workplace / config, launcher=launcher, DS_ACCELERATOR="cpu")
-    one, two = load_file(trained[0] / ROUTERS), load_file(workplace / config / ROUTERS)
+@pytest.mark.parametrize("way", ["row_by_row", "ddp", "deepspeed_zero1"])
+def test_the_same_routers_and_results_however_the_batch_is_cut(workplace, repository, finetune, trained, way):
+    """Seven held-out rows divide neither into batches nor over processes."""
+    if way == "row_by_row":
+        launch = {}
+        arguments = ["--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1]
+    else:
+        config = repository / f"configs/accelerate/{way}.yaml"
+        launcher = [sys.executable, repository / "entrypoints/launch.py", "--config_file", config]
+        launch = {"launcher": [*launcher, "--num_processes", 2, "--main_process_port", 0], "DS_ACCELERATOR": "cpu"}
+        arguments = ["--per_device_eval_batch_size", 2]
+    finetune(workplace / way, *arguments, **launch)
+    one, other = load_file(trained[0] / ROUTERS), load_file(workplace / way / ROUTERS)
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
-    losses = [
-        [
-            entry["loss"]
-            for entry in json.loads((path / "trainer_state.json").read_text())["log_history"]
-            if "loss" in entry
-        ]
-        for path in (trained[0], workplace / config)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)  # Adam divides by small gradients
+    assert logged_losses(trained[0]) == pytest.approx(logged_losses(workplace / way), rel=1e-5)
+    results = [json.loads((path / "results.json").read_text())["held_out"] for path in (trained[0], workplace / way)]
+    for kind, name in (("dense", "dense_loss"), ("routed", "eval_loss"), ("routed", "eval_capacity")):
+        assert results[0][kind][name] == pytest.approx(results[1][kind][name], rel=1e-4)
+
+
+def test_a_run_that_was_killed_goes_on_when_the_command_is_given_again(workplace, finetune, trained):
+    directory = workplace / "killed"
+    shutil.copytree(trained[0], directory)
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / ROUTERS).unlink()
+    shutil.rmtree(directory / "checkpoint-3")
+    result = finetune(directory)
+    assert "going on from" in result.stderr
+    assert "checkpoint-2" in result.stderr
+    assert (directory / ROUTERS).read_bytes() == (trained[0] / ROUTERS).read_bytes()
 
 
 class TestMistakes:
@@ -187,6 +205,15 @@ class TestMistakes:
             (["--train_file", "nowhere.jsonl"], "train_file nowhere.jsonl: no such file"),
             (["--model_name_or_path", "./nowhere"], "./nowhere"),
             (["--router_dir", "ckpt"], "no routers.safetensors"),
+            (["--learning_rate", "-1"], "learning_rate -1.0"),
+            (["--gradient_scale", "nan"], "gradient_scale nan"),
+            (["--granulairty", "attn_token"], "did you mean '--granularity'?"),
+            (["--bf16", "maybe"], "maybe"),
+            (["--train_sampling_strategy", "lenght"], "group_by_length"),
+            (["--gradient_accumulation_steps", "4"], "is 64 here"),
+            (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
+            (["--report_to", "nonsense"], "tensorboard"),
+            (["--resume_from_checkpoint", "ckpt"], "not a checkpoint that was written to its end"),
             (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], "4 or 8 would"),
         ],
     )
@@ -201,9 +228,29 @@ class TestMistakes:
         with pytest.raises(SystemExit) as exit_code:  # in this process: importing everything anew takes seconds
             runpy.run_path(str(entrypoint), run_name="__main__")
         assert exit_code.value.code == 1
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        error = capfd.readouterr().err
+        assert "Traceback" not in error
+        assert "usage" not in error
+        (line,) = [line for line in error.splitlines() if line.startswith("error:")]
         assert message in line
         assert not (tmp_path / "out").exists()
+
+    def test_a_mistake_ends_the_script_in_one_line(self, repository, tmp_path):
+        """Also through the launcher, with two processes."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        script = ("bash", repository / "scripts/finetune_mod.sh")
+        for environment, message in (
+            ({"TARGET_CAPACITY": "2", "NUM_PROCESSES": "2"}, "target_capacity 2.0"),
+            ({"TRAIN_FILE": "nowhere"}, "TRAIN_FILE=nowhere"),
+            ({"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two"),
+            ({"DATA_TYPE": "alpacca"}, "DATA_TYPE=alpacca"),
+        ):
+            environment = {"FOLDER_NAME": "smollm2-135m-mod", "OUTPUT_DIR": str(tmp_path / "out"), **environment}
+            result = run(*script, cwd=tmp_path, check=False, PATH=path, **environment)
+            assert result.returncode != 0
+            assert "Traceback" not in result.stderr
+            (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+            assert message in line
 
     def test_output_directory_of_another_run_or_of_this_one_finished(self, finetune, trained):
         before = (trained[0] / ROUTERS).read_bytes()
@@ -253,6 +300,34 @@ class TestBuildMistakes:
             assert message in result.stderr
             assert "Traceback" not in result.stderr
         assert not (tmp_path / "ckpt/x").exists()
+
+    def test_a_base_that_is_not_the_variants_is_refused(self, repository, workplace, tmp_path):
+        (tmp_path / "mistral-7b-mod").mkdir()
+        config = repository / "ckpt/mistral-7b-mod/config.json"
+        shutil.copy(config, tmp_path / "mistral-7b-mod")
+        arguments = ("--folder_name", "mistral-7b-mod", "--ckpt_root", tmp_path, "--base_model", workplace / "base")
+        result = build(repository, *arguments)
+        assert result.returncode == 1
+        assert "not a base for mistral-7b-mod" in result.stderr
+        assert (tmp_path / "mistral-7b-mod/config.json").read_bytes() == config.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"model_type": "gpt2"}, "model type 'gpt2' is not supported"),
+            ({"num_hidden_layers": "six"}, "num_hidden_layers is 'six'"),
+            ({"num_attention_heads": 0}, "config.json"),
+        ],
+    )
+    def test_a_config_no_model_can_be_made_of(self, repository, workplace, tmp_path, fields, message):
+        shutil.copytree(workplace / "base", tmp_path / "base")
+        config = json.loads((tmp_path / "base/config.json").read_text()) | fields
+        (tmp_path / "base/config.json").write_text(json.dumps(config))
+        arguments = ("--folder_name", "x", "--ckpt_root", tmp_path, "--base_model", tmp_path / "base")
+        result = build(repository, *arguments)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        assert message in result.stderr
 
     def test_a_checkpoint_is_not_built_twice_unless_asked(self, repository, workplace):
         arguments = ("--folder_name", "tiny-mod", "--ckpt_root", workplace / "ckpt", "--base_model", workplace / "base")

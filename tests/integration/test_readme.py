@@ -62,11 +62,14 @@ def test_the_two_commands_come_first():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lm_eval" not in c])
 def test_command(copy, command):
-    if DRY_RUN in command:
+    if command == "FOLDER_NAME=my-mod bash scripts/finetune_mod.sh":
+        result = start(copy, command, MAX_TRAIN_SAMPLES="16", MAX_SEQ_LENGTH="160", OUTPUT_DIR="out")
+        assert result.stdout.strip().splitlines()[-1] == "out"
+    elif DRY_RUN in command:
         (copy / "data/mixed").mkdir(exist_ok=True)
         (copy / "data/mixed/data.jsonl").touch()
         result = start(copy, command, DRY_RUN="1")
-        assert result.stderr.strip().splitlines()[-1].startswith("+ accelerate launch")
+        assert result.stderr.strip().splitlines()[-1].startswith("+ python ")
     elif command == "bash scripts/data/mix.sh":  # the default mix wants five sets
         start(copy, f"bash scripts/data/reformat.sh && {command} --portions alpaca=1 meta_math_qa=2")
     elif command.startswith("python entrypoints/data/mix_datasets.py"):

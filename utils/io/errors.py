@@ -6,6 +6,7 @@ a bug and keeps its traceback.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -25,7 +26,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        code = _fail(str(error))
+        # every process of a launch makes the same mistake: the first one says so
+        code = _fail(str(error)) if os.environ.get("RANK", "0") == "0" else 1
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,18 +54,25 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """Return the `config.json` of a model directory.
 
     Raises:
-        UserError: there is no such directory or file, or it is not JSON.
+        UserError: there is no such directory or file, or it is not JSON, or lacks what every decoder's has.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such model directory")
     path = directory / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{directory}: not a model directory, it has no config.json") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object")
+    model_class_for(config)
+    for name in ("num_hidden_layers", "hidden_size"):
+        if type(config.get(name)) is not int:
+            raise UserError(f"{path}: {name} is {config.get(name)!r}, not a number")
+    return config
 
 
 def is_mod(config: dict[str, Any]) -> bool:
@@ -162,8 +170,11 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
     _refuse(directory, "has the unknown weight", sorted(set(found) - set(expected)))
     for file_name in sorted(set(found.values())):
         with _open_safetensors(directory / file_name) as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                if name in found and tuple(file.get_slice(name).get_shape()) != expected[name]:
+            names = set(file.keys())
+            promised = {name for name, place in found.items() if place == file_name}
+            _refuse(directory, f"has an index by which {file_name} holds, and does not,", sorted(promised - names))
+            for name in sorted(promised):
+                if tuple(file.get_slice(name).get_shape()) != expected[name]:
                     shape = list(file.get_slice(name).get_shape())
                     raise UserError(f"{directory}: {name} has shape {shape}, expected {list(expected[name])}")
     return found
@@ -223,6 +234,7 @@ def build_mod_checkpoint(
     config = read_config(base_dir)
     if is_mod(config):
         raise UserError(f"{base_dir}: already a MoD checkpoint; name its dense base instead")
+    load_tokenizer(base_dir)  # it comes from the base: better refused now than at the first training
     size = config["hidden_size"]
     routers = {router_name(layer): torch.zeros(1, size) for layer in settings.layers}
     return write_checkpoint(output_dir, base_dir, settings, routers, copy_base=copy_base)
@@ -249,15 +261,20 @@ def write_checkpoint(
     source_dir, output_dir = Path(source_dir), Path(output_dir)
     source_config = read_config(source_dir)
     base_files = check_base_weights(source_dir, source_config)
+    _config_object(source_config, settings)
+    if any(not torch.isfinite(tensor).all() for tensor in routers.values()):
+        raise UserError(f"{output_dir}: not written, as the routers are not finite; was the learning rate too high?")
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / INDEX_FILE).unlink(missing_ok=True)
+    for left_over in [*output_dir.glob(".checkpoint.*"), *output_dir.glob("base*.safetensors")]:
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
     with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=output_dir) as temporary:
         staged = Path(temporary)
         if trained_base is None:
             mapping, how = _link_base(source_dir, staged, base_files, copy_base)
         else:
-            names = {name: tensor for name, tensor in trained_base.items() if name in base_files}
-            mapping, how = _save_base(staged, names), "trained weights"
+            weights = {name: tensor for name, tensor in trained_base.items() if name in base_files}
+            mapping, how = _save_base(staged, _in_dtype_of(source_dir, base_files, weights)), "trained weights"
         save_routers(staged / ROUTERS_FILE, routers, settings)
         for path in _companions(source_dir):
             shutil.copyfile(path, staged / path.name)
@@ -307,7 +324,7 @@ def load_mod_model(directory: str | Path, settings: MoDSettings | None = None, *
         _refuse_other_routing(directory, MoDSettings.from_dict(config["mod"]), settings)
     try:
         return model_class.from_pretrained(directory, config=_config_object(config, settings), **kwargs)
-    except ImportError as error:  # an attention implementation whose package is not installed
+    except (ImportError, ValueError) as error:  # an attention whose package is not installed; weights that don't fit
         raise UserError(f"{directory}: {error}") from None
 
 
@@ -347,13 +364,17 @@ def _config_object(config: dict[str, Any], settings: MoDSettings):
     values = {name: value for name, value in config.items() if name not in drop}
     try:
         return model_class_for(config).config_class(**values, mod=settings.to_dict())
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"config.json: {' '.join(str(error).split())}") from None
 
 
 def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Module:
-    with torch.device("meta"):
-        return model_class_for(config)(_config_object(config, settings))
+    config_object = _config_object(config, settings)
+    try:
+        with torch.device("meta"):
+            return model_class_for(config)(config_object)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"config.json: no model can be made of it: {' '.join(str(error).split())}") from None
 
 
 def _open_safetensors(path: Path):
@@ -377,8 +398,18 @@ def _link_base(source: Path, target: Path, files: dict[str, str], copy: bool) ->
     return {weight: renamed[name] for weight, name in files.items()}, how
 
 
+def _in_dtype_of(source: Path, files: dict[str, str], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights in the dtype that the source has them in, which its `config.json` names."""
+    dtypes = {}
+    for file_name in set(files.values()):
+        with _open_safetensors(source / file_name) as file:
+            dtypes |= {name: file.get_slice(name)[:0].dtype for name, place in files.items() if place == file_name}
+    return {name: tensor.to(dtypes[name]) for name, tensor in weights.items()}
+
+
 def _save_base(target: Path, weights: dict[str, torch.Tensor]) -> dict[str, str]:
-    save_torch_state_dict(weights, target, filename_pattern="base{suffix}.safetensors")
+    with redirect_stdout(None):  # it prints the temporary path
+        save_torch_state_dict(weights, target, filename_pattern="base{suffix}.safetensors")
     index = target / "base.safetensors.index.json"
     if not index.exists():
         return dict.fromkeys(weights, "base.safetensors")

@@ -1,10 +1,14 @@
 """The command line of `finetune_mod.py`: three dataclasses, a help text on every field."""
 
+import math
 import os
 from dataclasses import dataclass, field
+from typing import NoReturn
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
 
 from utils.io.errors import UserError, suggest
 
@@ -105,7 +109,7 @@ class RouterTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Peak learning rate. Default: 0.5 / hidden size, as an Adam step moves a logit by about the rate "
-            "times the hidden size; 1.2e-4 at the paper's 4096, within its grid."
+            "times the hidden size; 1.2e-4 at the paper's 4096, within its grid. With a trained backbone: 2e-5."
         },
     )
     warmup_steps: float = field(
@@ -120,10 +124,13 @@ class RouterTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sequences in an evaluation batch."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
     save_strategy: str = field(default="steps", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
-    save_steps: float = field(default=100, metadata={"help": "Save a checkpoint every so many optimizer steps."})
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Save a checkpoint every so many optimizer steps, or below 1 this share of all."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
     report_to: str | None = field(
-        default="tensorboard", metadata={"help": "Where logs go besides the terminal: tensorboard, wandb, none, ..."}
+        default="tensorboard",
+        metadata={"help": "Where logs go besides the terminal: none, all, or an installed one."},
     )
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "random, sequential, or group_by_length (less padding)."}
@@ -133,15 +140,56 @@ class RouterTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if not 0.0 <= self.target_capacity <= 1.0:
-            raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
-        if self.gradient_scale < 0.0:
-            raise UserError(f"gradient_scale {self.gradient_scale} must not be negative")
+        self._check()
+        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if deepspeed and self.bf16:
+            raise UserError("bf16: DeepSpeed's would round the routers, which stay float32; leave --bf16 out")
+        if deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+            raise UserError(
+                "DeepSpeed ZeRO-3 is not supported yet; ZeRO-1 is (configs/accelerate/deepspeed_zero1.yaml)"
+            )
+        if not self.router_only and not deepspeed and not self.use_cpu and torch.cuda.is_available():
+            self.bf16 = True  # a trained backbone has float32 weights and is computed in bfloat16
         # before super(), which hands the numbers on to DeepSpeed
-        self.gradient_accumulation_steps = accumulation_steps(
+        steps = accumulation_steps(
             self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
         )
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UserError(
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} follows from the batch sizes, and is "
+                f"{steps} here; leave it out, or change --global_batch_size or --per_device_train_batch_size"
+            )
+        self.gradient_accumulation_steps = steps
         super().__post_init__()
+
+    def choose_learning_rate(self, hidden_size: int) -> None:
+        """Set the learning rate, where none was given, for a model of this width."""
+        if self.learning_rate is None:
+            self.learning_rate = 0.5 / hidden_size if self.router_only else 2e-5
+
+    def _check(self) -> None:
+        """Raise `UserError` for what `TrainingArguments` would accept, or refuse with a traceback much later."""
+        if not 0.0 <= self.target_capacity <= 1.0:
+            raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
+        if not (math.isfinite(self.gradient_scale) and self.gradient_scale >= 0.0):
+            raise UserError(f"gradient_scale {self.gradient_scale} must be a number that is not negative")
+        rate = self.learning_rate
+        if rate is not None and not (math.isfinite(rate) and rate >= 0.0):
+            raise UserError(f"learning_rate {rate} must be a number that is not negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed} must lie between 0 and {2**32 - 1}")
+        if self.save_total_limit is not None and self.save_total_limit < 2:
+            raise UserError(
+                f"save_total_limit {self.save_total_limit} must be at least 2: one is kept as one is written"
+            )
+        _choice("train_sampling_strategy", self.train_sampling_strategy, ("group_by_length", "random", "sequential"))
+        _choice("report_to", self.report_to or "none", ("none", "all", *get_available_reporting_integrations()))
+        if self.label_smoothing_factor:
+            raise UserError("label_smoothing_factor is not supported: it would train on labels that are not shifted")
+        if not self.average_tokens_across_devices:
+            raise UserError("average_tokens_across_devices must be left on: the loss is the mean over all processes")
+        if self.push_to_hub:
+            raise UserError("push_to_hub is not supported: upload the output directory with `hf upload`")
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:
@@ -162,20 +210,35 @@ def accumulation_steps(global_batch_size: int, per_device_batch_size: int, proce
     return global_batch_size // together
 
 
+class _Parser(HfArgumentParser):
+    """Ends with one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `--help` lists all arguments")
+
+
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RouterTrainingArguments]:
-    """Read the command line; unknown options end with usage and exit code 2, wrong values raise `UserError`."""
-    parser = HfArgumentParser(
+    """Read the command line.
+
+    Raises:
+        UserError: an option is unknown (the message names the nearest) or missing, or a value is wrong.
+    """
+    parser = _Parser(
         (ModelArguments, DataArguments, RouterTrainingArguments),
         prog="finetune_mod.py",
         description="Router-tune a pretrained model: train a router in each routed layer, nothing else.",
         allow_abbrev=False,
     )
     try:
-        return parser.parse_args_into_dataclasses(argv)
+        *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UserError:
         raise
     except ValueError as error:  # TrainingArguments' own checks
         raise UserError(str(error)) from None
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"unknown argument {unknown[0]}{suggest(unknown[0], known)}; `--help` lists all arguments")
+    return tuple(groups)
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from utils.io.errors import UserError
 from utils.model.checkpoint import ROUTERS_FILE, load_routers, router_name, save_routers
 
 from .losses import capacity_hinge, executed_inputs
@@ -46,6 +47,8 @@ class RouterTrainer(Trainer):
     def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._train_sampler = train_sampler
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise UserError("DeepSpeed ZeRO-3 is not supported; ZeRO-1 is (configs/accelerate/deepspeed_zero1.yaml)")
         layers = self.model.config.mod_settings.layers
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences = 0
@@ -69,28 +72,47 @@ class RouterTrainer(Trainer):
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
-        if not model.training:  # one batch by itself: the loss is the mean over its own tokens
-            outputs = model(**inputs, route=self._route, use_cache=False)
-            loss = outputs.loss
-            nll = loss * tokens
-        else:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            # undo the scaling by the window's tokens over all processes
-            nll = loss.detach() * num_items_in_batch / self.accelerator.num_processes
-        meter = self._meters["train" if model.training else "eval"]
-        if not self._route:
-            meter.add(nll, tokens)
-            return (loss, outputs) if return_outputs else loss
-
+        # undo the scaling by the window's tokens over all processes
+        nll = loss.detach() * num_items_in_batch / self.accelerator.num_processes
         executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
         hinge = capacity_hinge(executed, sizes, self.args.target_capacity)
-        meter.add(nll, tokens, hinge, executed, sizes)
-        if model.training:
-            loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
+        self._meters["train"].add(nll, tokens, hinge, executed, sizes)
+        loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
         return (loss, outputs) if return_outputs else loss
 
+    def _evaluation_loss(self, model, inputs, return_outputs):
+        """Return the mean over the batch's own tokens, and add its sums to the meter."""
+        real = self._real_rows(len(inputs["labels"]))
+        labels = inputs["labels"].masked_fill(~real[:, None], -100)
+        tokens = (labels[:, 1:] != -100).sum()
+        outputs = model(**(inputs | {"labels": labels}), route=self._route, use_cache=False)
+        nll = torch.where(tokens > 0, outputs.loss * tokens, 0.0)
+        if self._route:
+            executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
+            executed, sizes = executed[:, real], sizes[real]
+            hinge = capacity_hinge(executed, sizes, self.args.target_capacity)
+            self._meters["eval"].add(nll, tokens, hinge, executed, sizes)
+        else:
+            self._meters["eval"].add(nll, tokens)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _real_rows(self, rows: int) -> torch.Tensor:
+        """Tell, bool [rows], which rows of this evaluation batch are not there for the second time.
+
+        So that all processes have as many batches, accelerate fills the last round with rows from the start.
+        """
+        state = self.accelerator.gradient_state
+        if not (state.end_of_dataloader and state.remainder > 0):
+            return torch.ones(rows, dtype=torch.bool, device=self.args.device)
+        first = self.args.process_index * rows
+        return torch.arange(first, first + rows, device=self.args.device) < state.remainder
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # `logs` is changed in place: `evaluate` returns the same dict
         if "loss" in logs:
             logs |= self._meters["train"].flush(self._sum_over_processes)
         for key in [key for key in logs if key.endswith("_loss") and f"{key[:-5]}_runtime" in logs]:
@@ -132,11 +154,14 @@ class RouterTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model, trial):
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        complete = Path(self._get_output_dir(trial=trial), name, COMPLETE_FILE)
+        if self.args.should_save:
+            complete.unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            Path(self._get_output_dir(trial=trial), name, COMPLETE_FILE).touch()
+            complete.touch()
 
     # Trainer keeps frozen weights out of DeepSpeed's files for PEFT models only (transformers 5.23); the next two
     # hooks do the same for routers.

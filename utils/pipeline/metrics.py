@@ -16,7 +16,8 @@ class RoutingMeter:
     def __init__(self, layers: tuple[int, ...], device: torch.device):
         self.layers = layers
         # negative log-likelihood, supervised tokens, hinge, sequences, inputs, executed inputs of each layer
-        self._sums = torch.zeros(5 + len(layers), device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self._sums = torch.zeros(5 + len(layers), device=device, dtype=dtype)
 
     def add(
         self,

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import TrainingArguments
 from utils.io.errors import UserError
 from utils.model.checkpoint import INDEX_FILE
 
-from .customized_trainer import last_complete_checkpoint
+from .customized_trainer import COMPLETE_FILE, last_complete_checkpoint
 
 RUN_FILE = "run.json"
 RESULT_NEUTRAL = ("tokenized_cache_dir", "save_base")
@@ -26,18 +25,21 @@ RESULT_NEUTRAL = ("tokenized_cache_dir", "save_base")
 TRAINING_IDENTITY = (
     *("gradient_scale", "target_capacity", "router_only", "global_batch_size", "learning_rate", "weight_decay"),
     *("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim", "max_grad_norm", "seed"),
-    *("data_seed", "train_sampling_strategy", "bf16", "fp16"),
+    *("data_seed", "train_sampling_strategy", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_kwargs", "optim_args"),
 )
 """Training arguments that the result follows from."""
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 
 def describe_run(model_args: Any, data_args: Any, training_args: TrainingArguments) -> dict[str, Any]:
-    """Return what `run.json` holds: `identity` (what the result follows from), all arguments, versions, command."""
+    """Return what `run.json` holds: `identity` (what the result follows from), all arguments, versions."""
     identity = dataclasses.asdict(model_args) | dataclasses.asdict(data_args)
     identity = {name: value for name, value in identity.items() if name not in RESULT_NEUTRAL}
     identity |= {name: getattr(training_args, name) for name in TRAINING_IDENTITY}
-    identity["train_file_sha256"] = _sha256(Path(data_args.train_file))
+    identity["train_file_sha256"] = _sha256("train_file", Path(data_args.train_file))
+    if data_args.eval_file:
+        identity["eval_file_sha256"] = _sha256("eval_file", Path(data_args.eval_file))
     return json.loads(
         json.dumps(
             {
@@ -48,7 +50,6 @@ def describe_run(model_args: Any, data_args: Any, training_args: TrainingArgumen
                     "training": training_args.to_sanitized_dict(),
                 },
                 "versions": {"python": platform.python_version(), **installed_versions()},
-                "command": sys.argv,
             },
             default=str,
         )
@@ -80,15 +81,18 @@ def checkpoint_to_resume(training_args: TrainingArguments, run: dict[str, Any]) 
     elif output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(f"output_dir {output_dir} holds other files; choose another --output_dir")
     resume = training_args.resume_from_checkpoint
-    if resume and resume.lower() not in ("true", "1"):
-        if not Path(resume).is_dir():
-            raise UserError(f"resume_from_checkpoint {resume}: no such checkpoint directory")
-        return resume
-    return last_complete_checkpoint(output_dir)
+    if not resume or resume.lower() in ("true", "1", "false", "0"):
+        return last_complete_checkpoint(output_dir)
+    if not (Path(resume) / COMPLETE_FILE).is_file():
+        raise UserError(f"resume_from_checkpoint {resume}: not a checkpoint that was written to its end")
+    return resume
 
 
 def _refuse_other_run(output_dir: Path, run: dict[str, Any]) -> None:
-    held = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))["identity"]
+    try:
+        held = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))["identity"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{output_dir / RUN_FILE} is damaged; choose another --output_dir") from None
     differing = sorted(n for n in held.keys() | run["identity"].keys() if held.get(n) != run["identity"].get(n))
     if differing:
         name = differing[0]
@@ -100,10 +104,10 @@ def _refuse_other_run(output_dir: Path, run: dict[str, Any]) -> None:
         raise UserError(f"output_dir {output_dir} holds this run, finished; choose another --output_dir to repeat it")
 
 
-def _sha256(path: Path) -> str:
+def _sha256(name: str, path: Path) -> str:
     if not path.is_file():
         raise UserError(
-            f"train_file {path}: no such file; make it with `python entrypoints/data/reformat_datasets.py` "
+            f"{name} {path}: no such file; make it with `python entrypoints/data/reformat_datasets.py` "
             "(see the README, Data)"
         )
     with path.open("rb") as file:
