@@ -1,0 +1,296 @@
+"""Speed and memory of prefill and decode, column by column, and the check that has to pass first.
+
+All columns read the same prompts and, in decode, go on with the same real text, so that they do equal work. They take
+turns, prompt by prompt in prefill and every few tokens in decode: what slows the machine down for a while slows them
+all, and ratios are taken within one turn. What is measured is the model's forward, without tokenizer and sampling.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from utils.model.configuration_mod import MoDSettings
+from utils.model.routing_mod import MoDRouter, decide
+
+from .columns import Column
+from .prompts import cut_prompts
+from .timing import Stopwatch, median_with_interval, peak_memory
+
+BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far logits of equal decisions may lie apart, relative to the largest, by dtype: rounding, summed over layers."""
+
+TURN = 8
+"""Decoded tokens after which it is the next column's turn."""
+
+
+class CheckFailedError(Exception):
+    """Sparse execution does not give the numbers of the dense specification, so its speed means nothing."""
+
+
+@torch.inference_mode()
+def check_columns(columns: Sequence[Column], token_ids: torch.Tensor, length: int = 48, batch: int = 3) -> float:
+    """Compare sparse execution with the dense specification, with a cache, and the forced columns with the base.
+
+    Args:
+        columns: of `make_columns`.
+        token_ids: int64 [tokens], a text.
+        length: tokens of each prompt, one of which is padded on the left; a few more are decoded.
+        batch: number of prompts.
+
+    Returns:
+        The largest difference of logits, relative to the largest logit.
+
+    Raises:
+        CheckFailedError: a difference is beyond `BOUNDS`, or decisions differ other than by rounding.
+    """
+    by_name = {column.name: column for column in columns}
+    device, dtype = by_name["tuned"].model.device, by_name["tuned"].model.dtype
+    input_ids = cut_prompts(token_ids, batch, length + 3).to(device)
+    mask = torch.ones_like(input_ids)
+    mask[0, : length // 3] = 0
+    worst = 0.0
+
+    def run(name: str, execution: str | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Prefill, then decode a token and two; returns logits, scores and gates, all with the batch first."""
+        column, outputs, start = by_name[name], [], 0
+        cache = column.make_cache()
+        for end in (length, length + 1, length + 3):
+            options = {} if execution is None else {"execution": execution}
+            outputs.append(
+                column.model(input_ids[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True, **options)
+            )
+            start = end
+        logits = torch.cat([output.logits for output in outputs], dim=1).float()
+        if execution is None:
+            return logits, None, None
+        join = torch.stack if outputs[0].router_gates.dim() == 2 else torch.cat
+        scores, gates = (
+            join([getattr(output, name) for output in outputs], dim=-1).transpose(0, 1).flatten(2).float()
+            for name in ("router_scores", "router_gates")
+        )
+        return logits, scores, gates  # [batch, tokens, vocabulary] and twice [batch, routed layers, decisions]
+
+    def compare(what: str, logits: torch.Tensor, expected: torch.Tensor, rows: torch.Tensor) -> None:
+        nonlocal worst
+        counted = mask.bool() & rows[:, None]
+        if not counted.any():
+            return
+        difference = float((logits - expected)[counted].abs().max() / expected[counted].abs().max())
+        if not difference <= BOUNDS[dtype]:
+            raise CheckFailedError(f"{what}: logits differ by {difference:.1e} of the largest, over {BOUNDS[dtype]}")
+        worst = max(worst, difference)
+
+    every_row = torch.ones(batch, dtype=torch.bool, device=device)
+    base = {name: run(name, None)[0] for name in ("dense", "oracle")}
+    for name in (column.name for column in columns if column.routed):
+        logits, scores, gates = run(name, "sparse")
+        expected, dense_scores, dense_gates = run(name, "dense")
+        if scores.shape[-1] == len(input_ids[0]):
+            real = mask.bool()[:, None].expand_as(gates)
+        else:
+            real = torch.ones_like(gates, dtype=torch.bool)
+        flipped = (gates != dense_gates) & real
+        rounding = (scores - dense_scores).abs() <= BOUNDS[dtype]
+        if not rounding[flipped].all():
+            raise CheckFailedError(f"{name}: sparse and dense execution decide differently")
+        compare(f"{name}, sparse against dense", logits, expected, rows=~flipped.flatten(1).any(dim=1))
+        forced = {"all_kept": "dense", "all_skipped": "oracle"}.get(name)
+        if forced:
+            compare(f"{name} against {forced}", logits, base[forced], every_row)
+    return worst
+
+
+@torch.inference_mode()
+def measure_cell(
+    columns: Sequence[Column],
+    token_ids: torch.Tensor,
+    batch: int,
+    length: int,
+    decode_tokens: int,
+    repeats: int,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Time one batch size and prompt length.
+
+    Args:
+        columns: of `make_columns`.
+        token_ids: int64 [tokens], the text that prompts are cut from.
+        batch: number of prompts.
+        length: tokens of each.
+        decode_tokens: tokens to decode after them; 0 for prefill alone.
+        repeats: counted repeats, after one that is not counted.
+        progress: called after each repeat, `repeats + 1` times.
+
+    Returns:
+        For each column what `summarize` makes of it, and the router's own cost.
+    """
+    device = columns[0].model.device
+    input_ids = cut_prompts(token_ids, batch, length + decode_tokens).to(device)
+    stopwatch = Stopwatch(device)
+    seconds = {phase: {column.name: [] for column in columns} for phase in ("prefill", "decode")}
+    facts = {column.name: _observe(column, input_ids, length) for column in columns}
+    for repeat in range(repeats + 1):
+        first = repeat % len(columns)
+        order = [*columns[first:], *columns[:first]]
+        caches = {column.name: column.make_cache() for column in columns}
+        prefill = {c.name: stopwatch.time(lambda c=c: _prefill(c, input_ids[:, :length], caches)) for c in order}
+        decode = dict.fromkeys(prefill, 0.0)
+        for start in range(length, length + decode_tokens, TURN):
+            tokens = input_ids[:, start : start + TURN]
+            for column in order:
+                decode[column.name] += stopwatch.time(lambda c=column, t=tokens: _decode(c, t, caches))
+        if repeat > 0:
+            for column in columns:
+                seconds["prefill"][column.name].append(prefill[column.name])
+                seconds["decode"][column.name].append(decode[column.name])
+        progress()
+    router = router_seconds(columns, batch, length, stopwatch, repeats)
+    model = columns[0].model
+    settings = next(column.model.config.mod_settings for column in columns if column.routed)
+    tokens = {"prefill": batch * length, "decode": batch * decode_tokens}
+    skippable = {phase: skippable_share(model.config, settings, length, phase == "decode") for phase in tokens}
+    return {
+        "batch": batch,
+        "length": length,
+        "decode_tokens": decode_tokens,
+        "router_share_of_prefill": router / statistics.median(seconds["prefill"]["dense"]),
+        "skippable_share_of_branch": skippable,
+        "columns": {
+            column.name: facts[column.name]
+            | {
+                phase: summarize(column.name, seconds[phase], tokens[phase], facts, skippable[phase])
+                for phase in tokens
+                if tokens[phase]
+            }
+            for column in columns
+        },
+    }
+
+
+def summarize(
+    name: str, seconds: dict[str, list[float]], tokens: int, facts: dict[str, dict[str, Any]], skippable: float
+) -> dict[str, Any]:
+    """Turn the seconds of a phase into what the table shows of one column.
+
+    Args:
+        name: the column.
+        seconds: column -> seconds of each repeat.
+        tokens: processed in a repeat.
+        facts: column -> share executed and the like.
+        skippable: share of the routed branch's arithmetic that skipping an input saves.
+
+    Returns:
+        Seconds, tokens per second, time relative to dense and to the oracle (ratios within one repeat), and the share
+        that was reached of the time that skipping should save: the oracle's saving times the share skipped.
+    """
+    own, dense, oracle = (seconds[column] for column in (name, "dense", "oracle"))
+    result = {
+        "seconds": median_with_interval(own),
+        "tokens_per_second": tokens / statistics.median(own),
+        "to_dense": median_with_interval([a / b for a, b in zip(own, dense, strict=True)]),
+        "to_oracle": median_with_interval([a / b for a, b in zip(own, oracle, strict=True)]),
+        "raw_seconds": own,
+    }
+    share = facts[name].get("share_executed")
+    if share is not None and share < 1:
+        possible = (1 - share) * skippable
+        saved = [(d - t) / (possible * (d - o)) for t, d, o in zip(own, dense, oracle, strict=True) if d != o]
+        result["saving_reached"] = median_with_interval(saved)
+    return result
+
+
+def skippable_share(config, settings: MoDSettings, length: int, decode: bool) -> float:
+    """Return which share of a routed branch's multiplications a skipped input saves.
+
+    All of it, but for token decisions over attention, where keys and values are computed for every token.
+
+    Args:
+        config: the model's.
+        settings: what is routed.
+        length: tokens of the prompt.
+        decode: whether a query sees the whole prompt (decode) or, on average, half of it (prefill).
+    """
+    if settings.level == "sequence" or settings.target == "mlp":
+        return 1.0
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    queries = config.num_attention_heads * head_dim
+    keys_and_values = 2 * config.hidden_size * config.num_key_value_heads * head_dim
+    visible = length if decode else length / 2
+    saved = 2 * config.hidden_size * queries + 2 * queries * visible
+    if settings.target == "block":
+        saved += 3 * config.hidden_size * config.intermediate_size
+    return saved / (saved + keys_and_values)
+
+
+@torch.inference_mode()
+def router_seconds(
+    columns: Sequence[Column], batch: int, length: int, stopwatch: Stopwatch, repeats: int, calls: int = 10
+) -> float:
+    """Return the median seconds that the routers of all layers together take over one prefill."""
+    model = next(column.model for column in columns if column.name == "tuned")
+    settings, routers = model.config.mod_settings, model.router_modules().values()
+    hidden_states = torch.randn(batch, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
+
+    def run(router: MoDRouter) -> None:
+        decide(router, hidden_states, settings.level, settings.threshold, token_mask=None)
+
+    def run_all() -> None:
+        for _ in range(calls):
+            for router in routers:
+                run(router)
+
+    return statistics.median([stopwatch.time(run_all) for _ in range(repeats + 1)][1:]) / calls
+
+
+def table(cell: dict[str, Any]) -> str:
+    """Return one cell of the grid as text, a block of lines for each phase."""
+    lines = []
+    for phase in ("prefill", "decode"):
+        if phase == "decode" and not cell["decode_tokens"]:
+            continue
+        what = f"{cell['length']} tokens" if phase == "prefill" else f"{cell['decode_tokens']} tokens"
+        lines.append(f"{phase}, batch {cell['batch']} x {what}")
+        lines.append(
+            f"  {'':<12}{'executed':>9}{'tokens/s':>10}{'time to dense':>24}{'to oracle':>11}{'saved':>7}"
+            f"{'KV MiB':>9}{'peak MiB':>10}"
+        )
+        for name, column in cell["columns"].items():
+            row, share = column[phase], column.get("share_executed")
+            ratio, saved = row["to_dense"], row.get("saving_reached")
+            between = f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
+            lines.append(
+                f"  {name:<12}{'' if share is None else f'{share:.2f}':>9}{row['tokens_per_second']:>10.1f}"
+                f"{between:>24}{row['to_oracle']['median']:>11.3f}"
+                f"{'' if saved is None else format(saved['median'], '.0%'):>7}"
+                f"{column['kv_bytes'] / 2**20:>9.2f}{column['peak_memory_bytes'] / 2**20:>10.1f}"
+            )
+    lines.append(f"the routers alone: {cell['router_share_of_prefill']:.2%} of a dense prefill")
+    return "\n".join(lines)
+
+
+def kv_bytes(cache: Any) -> int:
+    """Return the bytes of all keys and values in a cache."""
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _observe(column: Column, input_ids: torch.Tensor, length: int) -> dict[str, Any]:
+    """Prefill once, untimed: memory, and the share executed of all routed decisions."""
+    caches: dict[str, Any] = {column.name: column.make_cache()}
+    outputs = []
+    peak = peak_memory(input_ids.device, lambda: outputs.append(_prefill(column, input_ids[:, :length], caches)))
+    facts: dict[str, Any] = {"kv_bytes": kv_bytes(caches[column.name]), "peak_memory_bytes": peak}
+    if column.routed:
+        facts["share_executed"] = float(outputs[0].router_gates.double().mean())
+    return facts
+
+
+def _prefill(column: Column, input_ids: torch.Tensor, caches: dict[str, Any]) -> Any:
+    return column.model(input_ids, past_key_values=caches[column.name], use_cache=True, logits_to_keep=1)
+
+
+def _decode(column: Column, tokens: torch.Tensor, caches: dict[str, Any]) -> None:
+    for token in tokens.split(1, dim=1):
+        column.model(token, past_key_values=caches[column.name], use_cache=True)

@@ -1,0 +1,208 @@
+"""The models that the benchmark compares, side by side on one set of weights.
+
+Each is a model of its own, built without weights and then given the modules of the loaded one, so that six of them
+take the memory of one. Nothing is patched: what is executed is forced by a model's own routers and threshold, and the
+oracle has decoder layers that lack the branch.
+
+    dense        the base class of transformers: no routing code at all
+    all_kept     every router at zero, which keeps everything: what routing itself costs
+    tuned        the checkpoint as it is
+    random       routers that ignore their input and keep a given share
+    all_skipped  every router at zero under a higher threshold, which skips everything
+    oracle       the base class without the routed layers' branch: what skipping can cost at best
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from utils.model.cache_mod import MoDCache
+from utils.model.configuration_mod import MoDSettings
+from utils.model.routing_mod import MoDRouter
+
+COLUMNS = ("dense", "all_kept", "tuned", "random", "all_skipped", "oracle")
+
+SEED = 233
+"""Of the decisions of the random column; the layer's index is added."""
+
+
+@dataclass
+class Column:
+    """One of the compared models.
+
+    Args:
+        name: one of `COLUMNS`.
+        model: in evaluation mode.
+        make_cache: returns an empty cache for it.
+    """
+
+    name: str
+    model: PreTrainedModel
+    make_cache: Callable[[], Cache]
+
+    @property
+    def routed(self) -> bool:
+        """Whether the model has routers, and returns what they decided."""
+        return self.name not in ("dense", "oracle")
+
+
+class RandomRouter(MoDRouter):
+    """Keep a share of the inputs whatever they are, the same ones in each call of a size.
+
+    Args:
+        hidden_size: width of the model.
+        share: share of the inputs to keep.
+        offset: in (0, 1); `floor(share * inputs + offset)` are kept. Spread over the layers, it makes their sum right.
+        seed: of the choice.
+    """
+
+    def __init__(self, hidden_size: int, share: float, offset: float, seed: int):
+        super().__init__(hidden_size)
+        self.share, self.offset, self.seed = share, offset, seed
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return logits, float32 [...], of 1 (kept) and -1 for `hidden_states` [..., hidden_size]."""
+        logits = super().forward(hidden_states)  # zeros: a router's usual work
+        generator = torch.Generator(logits.device).manual_seed(self.seed)
+        order = torch.randperm(logits.numel(), generator=generator, device=logits.device).view_as(logits)
+        return logits + torch.where(order < int(self.share * logits.numel() + self.offset), 1.0, -1.0)
+
+
+class WithoutAttention(nn.Module):
+    """A decoder layer whose attention is gone."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.mlp, self.post_attention_layernorm = layer.mlp, layer.post_attention_layernorm
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Run the MLP on `hidden_states` [batch, tokens, hidden_size]."""
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class WithoutMLP(nn.Module):
+    """A decoder layer whose MLP is gone."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.self_attn, self.input_layernorm = layer.self_attn, layer.input_layernorm
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Run the attention on `hidden_states` [batch, tokens, hidden_size]."""
+        return hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+
+
+class WithoutBlock(nn.Module):
+    """A decoder layer that does nothing."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Return `hidden_states`."""
+        return hidden_states
+
+
+_WITHOUT = {"attn": WithoutAttention, "mlp": WithoutMLP, "block": WithoutBlock}
+
+
+class PartialCache(DynamicCache):
+    """The cache of a model some of whose layers have no attention: its length is that of one that has.
+
+    Args:
+        config: the model's config.
+        counting: index of a layer with attention.
+    """
+
+    def __init__(self, config, counting: int):
+        super().__init__(config=config)
+        self.counting = counting
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen."""
+        return super().get_seq_length(self.counting if layer_idx == 0 else layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return length and offset of the keys that a mask has to cover."""
+        has_attention = layer_idx < len(self.layers) and self.layers[layer_idx].is_initialized
+        return super().get_mask_sizes(query_length, layer_idx if has_attention else self.counting)
+
+
+def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
+    """Build all columns around a loaded routed model.
+
+    Args:
+        model: a routed model, on its device and in its dtype; it is the column `tuned`.
+        random_share: share of the inputs that the column `random` keeps.
+
+    Returns:
+        Columns in the order of `COLUMNS`; all share the parameters of `model` but for the routers.
+    """
+    settings: MoDSettings = model.config.mod_settings
+    at_zero = [MoDRouter(model.config.hidden_size) for _ in settings.layers]
+    places = [(number + 0.5) / len(settings.layers) for number in range(len(settings.layers))]
+    random = [
+        RandomRouter(model.config.hidden_size, random_share, offset, SEED + index)
+        for index, offset in zip(settings.layers, places, strict=True)
+    ]
+    oracle = dense_twin(model)
+    for index in settings.layers:
+        oracle.get_decoder().layers[index] = _WITHOUT[settings.target](oracle.get_decoder().layers[index])
+    counting = 0
+    if settings.target != "mlp":
+        counting = next(i for i in range(model.config.num_hidden_layers) if i not in settings.layers)
+    models = {
+        "dense": dense_twin(model),
+        "all_kept": routed_twin(model, at_zero, threshold=0.5),
+        "tuned": model.eval(),
+        "random": routed_twin(model, random, threshold=0.5),
+        "all_skipped": routed_twin(model, at_zero, threshold=0.75),
+        "oracle": oracle.eval(),
+    }
+
+    def make_cache(name: str) -> Callable[[], Cache]:
+        config = models[name].config
+        if name == "oracle":
+            return lambda: PartialCache(config, counting)
+        return lambda: DynamicCache(config=config) if name == "dense" else MoDCache(config)
+
+    return [Column(name, models[name], make_cache(name)) for name in COLUMNS]
+
+
+def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the dense model of transformers that a routed model extends, on the same weights."""
+    base_class = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+    fields = model.config.to_dict()
+    for name in ("mod", "model_type", "auto_map", "architectures"):
+        fields.pop(name, None)
+    return _share_weights(base_class, base_class.config_class(**fields), model)
+
+
+def routed_twin(model: PreTrainedModel, routers: list[MoDRouter], threshold: float) -> PreTrainedModel:
+    """Return a routed model on the weights of `model`, with routers and a threshold of its own."""
+    settings = replace(model.config.mod_settings, threshold=threshold)
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in ("mod", "model_type")}
+    twin = _share_weights(type(model), type(model.config)(**fields, mod=settings.to_dict()), model)
+    for index, router in zip(settings.layers, routers, strict=True):
+        twin.get_decoder().layers[index].router = router.to(model.device)
+    return twin
+
+
+def _share_weights(model_class: type, config, source: PreTrainedModel) -> PreTrainedModel:
+    """Build a model without weights and give it the modules of `source`, routers excepted."""
+    config._attn_implementation = source.config._attn_implementation
+    with torch.device("meta"):
+        model = model_class(config)
+    model.lm_head = source.lm_head
+    inner, shared = model.get_decoder(), source.get_decoder()
+    for name, child in shared.named_children():
+        if name != "layers":
+            setattr(inner, name, child)
+    for layer, original in zip(inner.layers, shared.layers, strict=True):
+        for name, child in original.named_children():
+            if name != "router":
+                setattr(layer, name, child)
+    return model.eval()

@@ -1,0 +1,99 @@
+"""Clocks, and what a median of interleaved repeats is worth.
+
+On a CPU the clock is the process's own processor time, which other programs on the machine stretch far less than the
+clock on the wall; on a GPU it is the time between two CUDA events.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Stopwatch:
+    """Adds up the seconds that calls take on a device.
+
+    Args:
+        device: where the calls' work is done.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+
+    def time(self, call: Callable[[], None]) -> float:
+        """Run `call` and return its seconds: of processor time on a CPU, of the device's own time on a GPU."""
+        if not self.on_gpu:
+            start = time.process_time()
+            call()
+            return time.process_time() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+def median_with_interval(values: Sequence[float], level: float = 0.95, resamples: int = 2000) -> dict[str, float]:
+    """Return the median and its bootstrap confidence interval.
+
+    Args:
+        values: one for each repeat.
+        level: of confidence.
+        resamples: number of bootstrap samples; they are drawn with a fixed seed.
+
+    Returns:
+        `median`, `low` and `high`.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(0).choice(values, size=(resamples, len(values)))
+    tail = 50 * (1 - level)
+    low, high = np.percentile(np.median(drawn, axis=1), [tail, 100 - tail])
+    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
+
+
+def peak_memory(device: torch.device, call: Callable[[], None]) -> int:
+    """Run `call` and return the most bytes that its tensors took at a time, beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _AllocatedBytes() as allocated:
+        call()
+    return allocated.peak
+
+
+class _AllocatedBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators return, and notes when they are released."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        known = {id(storage) for storage in _storages((args, kwargs))}  # of views and of what is written in place
+        for storage in _storages(result):
+            if id(storage) not in known:
+                known.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _release(self, size: int) -> None:
+        self.now -= size
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
