@@ -15,6 +15,7 @@ from utils.model.configuration_mod import MoDSettings
 from utils.model.routing_mod import MoDRouter, decide
 
 from .columns import Column
+from .kv_memory import kv_bytes_by_layer
 from .prompts import cut_prompts
 from .timing import Stopwatch, median_with_interval, peak_memory
 
@@ -270,18 +271,12 @@ def table(cell: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def kv_bytes(cache: Any) -> int:
-    """Return the bytes of all keys and values in a cache."""
-    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
 def _observe(column: Column, input_ids: torch.Tensor, length: int) -> dict[str, Any]:
     """Prefill once, untimed: memory, and the share executed of all routed decisions."""
     caches: dict[str, Any] = {column.name: column.make_cache()}
     outputs = []
     peak = peak_memory(input_ids.device, lambda: outputs.append(_prefill(column, input_ids[:, :length], caches)))
-    facts: dict[str, Any] = {"kv_bytes": kv_bytes(caches[column.name]), "peak_memory_bytes": peak}
+    facts: dict[str, Any] = {"kv_bytes": sum(kv_bytes_by_layer(caches[column.name])), "peak_memory_bytes": peak}
     if column.routed:
         facts["share_executed"] = float(outputs[0].router_gates.double().mean())
     return facts

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .configuration_mod import MoDSettings
 from .routing_mod import Decision
 
 
@@ -100,13 +101,18 @@ class MoDCache(DynamicCache):
 
     def __init__(self, config):
         super().__init__(config=config)
-        adapt_cache(self, config)
+        adapt_cache(self, config.mod_settings, config.num_hidden_layers)
 
 
-def adapt_cache(cache: Any, config) -> None:
+def adapt_cache(cache: Any, settings: MoDSettings, num_hidden_layers: int) -> None:
     """Let the routed layers of a plain `DynamicCache` hold decisions, in place; leave an adapted one as it is.
 
     Done at each forward, so it also reaches the caches that `generate` makes and that users pass.
+
+    Args:
+        cache: a cache of any class.
+        settings: of the routed model.
+        num_hidden_layers: of the routed model.
 
     Raises:
         ValueError: the cache is of another class, whose rows or lengths can't follow the decisions.
@@ -117,10 +123,9 @@ def adapt_cache(cache: Any, config) -> None:
             f"a routed model can't use a {type(cache).__name__}: pass a DynamicCache, or none (in generate, leave "
             "cache_implementation out), or route=False"
         )
-    settings = config.mod_settings
     if settings.level == "token":
         return
-    while len(layers) < config.num_hidden_layers:
+    while len(layers) < num_hidden_layers:
         layers.append(cache.layer_class_to_replicate())
     for index in settings.layers:
         layer = layers[index]
@@ -130,16 +135,15 @@ def adapt_cache(cache: Any, config) -> None:
             layers[index].__dict__.update(layer.__dict__)
 
 
-def check_cache(cache: Any, config, batch: int, sparse: bool) -> None:
+def check_cache(cache: Any, settings: MoDSettings, batch: int, sparse: bool) -> None:
     """Raise `ValueError` where an adapted cache can't be continued by this call.
 
     Args:
         cache: an adapted cache.
-        config: the routed model's config.
+        settings: of the routed model.
         batch: number of sequences of the call.
         sparse: whether its execution is sparse.
     """
-    settings = config.mod_settings
     if settings.level == "token":
         return
     packed = sparse and settings.target != "mlp"

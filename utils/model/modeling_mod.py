@@ -125,7 +125,7 @@ class MoDPreTrainedMixin:
     def router_modules(self) -> dict[int, MoDRouter]:
         """Return layer index -> router, ascending."""
         layers = self.get_decoder().layers
-        return {index: layers[index].router for index in self.config.mod_settings.layers}
+        return {index: layers[index].router for index in self.mod_settings.layers}
 
     def make_routing(
         self, inputs: torch.Tensor, attention_mask: Any, execution: str | None, drafts: int = 0, **kwargs
@@ -147,7 +147,7 @@ class MoDPreTrainedMixin:
         check_choice("execution", execution, EXECUTIONS)
         if execution == "sparse" and kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("sparse execution computes no attention map for what it skips: pass execution='dense'")
-        if self.config.mod_settings.level == "token":
+        if self.mod_settings.level == "token":
             return Routing(token_mask=None, sparse=execution == "sparse")
 
         batch, tokens = inputs.shape[:2]
@@ -174,8 +174,8 @@ class MoDPreTrainedMixin:
         if not routing.enabled:
             refuse_decisions(past_key_values)
         elif past_key_values is not None:
-            adapt_cache(past_key_values, self.config)
-            check_cache(past_key_values, self.config, inputs.shape[0], routing.sparse)
+            adapt_cache(past_key_values, self.mod_settings, self.config.num_hidden_layers)
+            check_cache(past_key_values, self.mod_settings, inputs.shape[0], routing.sparse)
         elif use_cache:
             past_key_values = MoDCache(self.config)
         return past_key_values, use_cache
@@ -189,7 +189,8 @@ class MoDModelMixin(MoDPreTrainedMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        for index in config.mod_settings.layers:
+        self.mod_settings = config.mod_settings
+        for index in self.mod_settings.layers:
             self.layers[index] = self.decoder_layer_class(config, index)
         self.post_init()
 
@@ -231,6 +232,7 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        self.mod_settings = config.mod_settings
         self.model = self.model_class(config)  # in place of the plain one that the base class has just made
         self.post_init()
 
@@ -292,7 +294,7 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
         )
         if not routing.enabled:
             return output
-        layers = self.config.mod_settings.layers
+        layers = self.mod_settings.layers
         return MoDCausalLMOutput(
             **output,
             router_scores=torch.stack([routing.decisions[index].scores for index in layers]),

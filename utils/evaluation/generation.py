@@ -1,0 +1,118 @@
+"""Generate from messages, streamed, and observe what was executed, how fast, and what the cache holds."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from utils.model.cache_mod import MoDCache
+
+from .kv_memory import kv_bytes_by_layer
+
+
+@dataclass
+class Generation:
+    """What one generation was.
+
+    Args:
+        token_ids: int64 [new tokens], of the answer.
+        prompt_tokens: number of tokens before it.
+        prefill_seconds: from the start to the logits of the first new token.
+        decode_seconds: from there to those of the last.
+        shares: layer index -> share of its decisions that executed; empty for a dense run.
+        kv_bytes: keys and values of each layer at the end.
+    """
+
+    token_ids: torch.Tensor
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    shares: dict[int, float]
+    kv_bytes: list[int]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of decode; None where a single token was generated."""
+        return (len(self.token_ids) - 1) / self.decode_seconds if len(self.token_ids) > 1 else None
+
+
+class _Observer:
+    """Listens to the outputs of a model's forward while it is attached."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.times: list[float] = []
+        self.gates: list[torch.Tensor] = []
+
+    def __enter__(self) -> "_Observer":
+        self.handle = self.model.register_forward_hook(self._observe)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.handle.remove()
+
+    def _observe(self, model, inputs, output) -> None:
+        if output.logits.is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        gates = getattr(output, "router_gates", None)
+        if gates is not None:
+            self.gates.append(gates.flatten(1))  # [routed layers, decisions]
+
+
+def generate(
+    model: PreTrainedModel, input_ids: torch.Tensor, streamer: BaseStreamer, route: bool = True, **options
+) -> Generation:
+    """Generate after one prompt.
+
+    Args:
+        model: a routed model.
+        input_ids: int64 [1, tokens], on the model's device.
+        streamer: gets the tokens as they come.
+        route: False runs the dense base.
+        **options: of transformers' `generate`.
+
+    Returns:
+        The new tokens and what was observed.
+    """
+    cache: Cache = MoDCache(model.config) if route else DynamicCache(config=model.config)
+    start = time.perf_counter()
+    with _Observer(model) as observer:
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            past_key_values=cache,
+            streamer=streamer,
+            route=route,
+            **options,
+        )
+    shares = {}
+    if route:
+        executed = torch.cat(observer.gates, dim=1).mean(dim=1).tolist()
+        shares = dict(zip(model.config.mod_settings.layers, executed, strict=True))
+    return Generation(
+        token_ids=output[0, input_ids.shape[1] :],
+        prompt_tokens=input_ids.shape[1],
+        prefill_seconds=observer.times[0] - start,
+        decode_seconds=observer.times[-1] - observer.times[0],
+        shares=shares,
+        kv_bytes=kv_bytes_by_layer(cache),
+    )
+
+
+def describe(generation: Generation) -> str:
+    """Return share and KV memory of each routed layer, and speed, as text."""
+    lines = []
+    if generation.shares:
+        lines.append("layer  executed   KV KiB")
+        for layer, share in generation.shares.items():
+            lines.append(f"{layer:>5}  {share:>8.2f}  {generation.kv_bytes[layer] / 1024:>7.1f}")
+        lines.append(f"  all  {sum(generation.shares.values()) / len(generation.shares):>8.2f}  of the routed layers")
+    speed = generation.tokens_per_second
+    lines.append(
+        f"{generation.prompt_tokens} tokens read in {generation.prefill_seconds:.2f} s, {len(generation.token_ids)} "
+        f"generated{'' if speed is None else f' at {speed:.1f} tokens/s'}; KV cache {sum(generation.kv_bytes)} bytes"
+    )
+    return "\n".join(lines)
