@@ -10,6 +10,7 @@ by two norms. This file travels inside every checkpoint.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def attend_kept_tokens(
         # Eager attention lets a query that sees nothing (padding on the left) average over all keys: leave none out.
         length = QUERY_BLOCK if implementation == "sdpa" else tokens
         blocks = query_blocks(decision.kept_on_host, batch, tokens, length)
-        outputs = _attend_gathered(attend, queries, blocks, tokens, keys, values, mask)
+        grouped = partial(grouped_attention, dropout=options["dropout"], scaling=options["scaling"])
+        kernel = grouped if implementation == "sdpa" else attend
+        outputs = _attend_gathered(kernel, queries, blocks, tokens, keys, values, mask)
     else:
         padded = queries.new_zeros(batch * tokens, *queries.shape[1:]).index_copy(0, kept, queries)
         padded = padded.view(batch, tokens, *queries.shape[1:])
@@ -106,6 +109,7 @@ class QueryBlock:
 
     Args:
         end: first position after the stretch.
+        first: the first of the kept tokens that lie in it.
         chosen: int64 [chosen], which of the kept tokens lie in it.
         picked: int64 [batch, width], the kept token that each slot holds.
         positions: int64 [batch, width], its position.
@@ -113,6 +117,7 @@ class QueryBlock:
     """
 
     end: int
+    first: int
     chosen: torch.Tensor
     picked: torch.Tensor
     positions: torch.Tensor
@@ -142,7 +147,7 @@ def query_blocks(kept: torch.Tensor, batch: int, tokens: int, length: int) -> It
         first = counts.cumsum(0) - counts  # [batch], where each row's tokens begin in `chosen`
         slots = torch.arange(len(chosen)) + (torch.arange(batch) * width - first)[rows[chosen]]
         picked = chosen[:1].repeat(batch * width).index_copy(0, slots, chosen).view(batch, width)
-        yield QueryBlock(end, chosen, picked, positions[picked], slots)
+        yield QueryBlock(end, int(chosen[0]), chosen, picked, positions[picked], slots)
 
 
 def _attend_gathered(
@@ -181,8 +186,46 @@ def _attend_gathered(
         else:
             rows = torch.arange(batch, device=device)[:, None]
             block_mask = mask.expand(batch, -1, -1, -1)[rows, :, positions, :visible].transpose(1, 2)
-        attended = attend(queries[picked], keys[:, :, :visible], values[:, :, :visible], block_mask)
+        # one sequence's tokens of a stretch follow each other: no gather
+        block_queries = queries[None, block.first : block.first + picked.shape[1]] if batch == 1 else queries[picked]
+        attended = attend(block_queries, keys[:, :, :visible], values[:, :, :visible], block_mask)
         if outputs is None:  # under autocast the kernel's dtype isn't that of the queries
             outputs = attended.new_empty(len(queries), attended.shape[-1])
-        outputs[chosen] = attended.flatten(0, 1)[slots]
+        if batch == 1:
+            outputs[block.first : block.first + picked.shape[1]] = attended[0]
+        else:
+            outputs[chosen] = attended.flatten(0, 1)[slots]
     return outputs
+
+
+def grouped_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    dropout: float,
+    scaling: float,
+) -> torch.Tensor:
+    """Run torch's SDPA with the heads that share keys laid out as further queries, so that no key is copied.
+
+    Under a mask, transformers' `sdpa_attention_forward` repeats keys and values once for each head.
+
+    Args:
+        queries: [batch, queries, heads, head_dim].
+        keys: [batch, key-value heads, keys, head_dim].
+        values: the same shape.
+        mask: [1 or batch, 1, queries, keys], bool or additive.
+        dropout: probability of dropping an attention weight.
+        scaling: factor of the products.
+
+    Returns:
+        [batch, queries, heads * head_dim].
+    """
+    batch, width, heads, head_dim = queries.shape
+    groups = heads // keys.shape[1]
+    packed = queries.transpose(1, 2).reshape(batch, keys.shape[1], groups * width, head_dim)
+    mask = mask.repeat(1, 1, groups, 1)
+    output = nn.functional.scaled_dot_product_attention(
+        packed, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling
+    )
+    return output.view(batch, heads, width, head_dim).transpose(1, 2).reshape(batch, width, -1)
