@@ -65,7 +65,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="BATCHxLENGTH",
         help="batch sizes and prompt lengths to measure (1x128 1x512 8x128)",
     )
-    parser.add_argument("--decode_tokens", type=int, default=64, help="tokens to decode after each prompt; 0: none (64)")
+    parser.add_argument(
+        "--decode_tokens", type=int, default=64, help="tokens to decode after each prompt; 0: none (64)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats of everything (5)")
     parser.add_argument("--random_share", type=share, help="share that random routing executes (the tuned one)")
     parser.add_argument("--granularity", help="route untrained routers at another granularity (the checkpoint's)")

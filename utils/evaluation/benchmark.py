@@ -1,12 +1,15 @@
 """Speed and memory of prefill and decode, column by column, and the check that has to pass first.
 
 All columns read the same prompts and, in decode, go on with the same real text, so that they do equal work. They take
-turns, prompt by prompt in prefill and every few tokens in decode: what slows the machine down for a while slows them
-all, and ratios are taken within one turn. What is measured is the model's forward, without tokenizer and sampling.
+turns, prompt by prompt in prefill and every few tokens in decode, in an order drawn anew for each repeat: what slows
+the machine down for a while slows them all, and ratios are taken within one repeat. What is measured is the model's
+forward, without tokenizer and sampling.
 """
 
+import random
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,19 +132,18 @@ def measure_cell(
     """
     device = columns[0].model.device
     input_ids = cut_prompts(token_ids, batch, length + decode_tokens).to(device)
-    stopwatch = Stopwatch(device)
+    stopwatch, shuffle = Stopwatch(device), random.Random(0)
     seconds = {phase: {column.name: [] for column in columns} for phase in ("prefill", "decode")}
     facts = {column.name: _observe(column, input_ids, length) for column in columns}
     for repeat in range(repeats + 1):
-        first = repeat % len(columns)
-        order = [*columns[first:], *columns[:first]]
+        order = shuffle.sample(columns, k=len(columns))
         caches = {column.name: column.make_cache() for column in columns}
-        prefill = {c.name: stopwatch.time(lambda c=c: _prefill(c, input_ids[:, :length], caches)) for c in order}
+        prefill = {c.name: stopwatch.time(partial(_prefill, c, input_ids[:, :length], caches)) for c in order}
         decode = dict.fromkeys(prefill, 0.0)
         for start in range(length, length + decode_tokens, TURN):
             tokens = input_ids[:, start : start + TURN]
             for column in order:
-                decode[column.name] += stopwatch.time(lambda c=column, t=tokens: _decode(c, t, caches))
+                decode[column.name] += stopwatch.time(partial(_decode, column, tokens, caches))
         if repeat > 0:
             for column in columns:
                 seconds["prefill"][column.name].append(prefill[column.name])

@@ -110,25 +110,28 @@ _WITHOUT = {"attn": WithoutAttention, "mlp": WithoutMLP, "block": WithoutBlock}
 
 
 class PartialCache(DynamicCache):
-    """The cache of a model some of whose layers have no attention: its length is that of one that has.
+    """The cache of a model some of whose layers have no attention: those count as the others of their kind do.
 
     Args:
         config: the model's config.
-        counting: index of a layer with attention.
+        attending: indices of the layers with attention.
     """
 
-    def __init__(self, config, counting: int):
+    def __init__(self, config, attending: list[int]):
         super().__init__(config=config)
-        self.counting = counting
+        self.attending = attending
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen."""
-        return super().get_seq_length(self.counting if layer_idx == 0 else layer_idx)
+        return super().get_seq_length(self._stand_in(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return length and offset of the keys that a mask has to cover."""
-        has_attention = layer_idx < len(self.layers) and self.layers[layer_idx].is_initialized
-        return super().get_mask_sizes(query_length, layer_idx if has_attention else self.counting)
+        return super().get_mask_sizes(query_length, self._stand_in(layer_idx))
+
+    def _stand_in(self, layer_idx: int) -> int:
+        kind = type(self.layers[layer_idx])  # with or without a sliding window
+        return next((index for index in self.attending if type(self.layers[index]) is kind), self.attending[0])
 
 
 def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
@@ -151,9 +154,8 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
     oracle = dense_twin(model)
     for index in settings.layers:
         oracle.get_decoder().layers[index] = _WITHOUT[settings.target](oracle.get_decoder().layers[index])
-    counting = 0
-    if settings.target != "mlp":
-        counting = next(i for i in range(model.config.num_hidden_layers) if i not in settings.layers)
+    depth = range(model.config.num_hidden_layers)
+    attending = [index for index in depth if settings.target == "mlp" or index not in settings.layers]
     models = {
         "dense": dense_twin(model),
         "all_kept": routed_twin(model, at_zero, threshold=0.5),
@@ -166,7 +168,7 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
     def make_cache(name: str) -> Callable[[], Cache]:
         config = models[name].config
         if name == "oracle":
-            return lambda: PartialCache(config, counting)
+            return lambda: PartialCache(config, attending)
         return lambda: DynamicCache(config=config) if name == "dense" else MoDCache(config)
 
     return [Column(name, models[name], make_cache(name)) for name in COLUMNS]

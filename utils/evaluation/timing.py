@@ -25,7 +25,7 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
 
-    def time(self, call: Callable[[], None]) -> float:
+    def time(self, call: Callable[[], Any]) -> float:
         """Run `call` and return its seconds: of processor time on a CPU, of the device's own time on a GPU."""
         if not self.on_gpu:
             start = time.process_time()
@@ -58,7 +58,7 @@ def median_with_interval(values: Sequence[float], level: float = 0.95, resamples
     return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
-def peak_memory(device: torch.device, call: Callable[[], None]) -> int:
+def peak_memory(device: torch.device, call: Callable[[], Any]) -> int:
     """Run `call` and return the most bytes that its tensors took at a time, beyond those that were there before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
