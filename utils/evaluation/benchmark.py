@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.model.configuration_mod import MoDSettings
@@ -20,7 +21,7 @@ from utils.model.routing_mod import MoDRouter, decide
 from .columns import Column
 from .kv_memory import kv_bytes_by_layer
 from .prompts import cut_prompts
-from .timing import Stopwatch, median_with_interval, peak_memory
+from .timing import Stopwatch, median_with_interval, peak_memory, with_interval
 
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far logits of equal decisions may lie apart, relative to the largest, by dtype: rounding, summed over layers."""
@@ -188,19 +189,25 @@ def summarize(
         Seconds, tokens per second, time relative to dense and to the oracle (ratios within one repeat), and the share
         that was reached of the time that skipping should save: the oracle's saving times the share skipped.
     """
-    own, dense, oracle = (seconds[column] for column in (name, "dense", "oracle"))
+    own, dense, oracle = (np.asarray(seconds[column]) for column in (name, "dense", "oracle"))
     result = {
         "seconds": median_with_interval(own),
-        "tokens_per_second": tokens / statistics.median(own),
-        "to_dense": median_with_interval([a / b for a, b in zip(own, dense, strict=True)]),
-        "to_oracle": median_with_interval([a / b for a, b in zip(own, oracle, strict=True)]),
-        "raw_seconds": own,
+        "tokens_per_second": tokens / float(np.median(own)),
+        "to_dense": median_with_interval(own / dense),
+        "to_oracle": median_with_interval(own / oracle),
+        "raw_seconds": own.tolist(),
     }
     share = facts[name].get("share_executed")
     if share is not None and share < 1:
         possible = (1 - share) * skippable
-        saved = [(d - t) / (possible * (d - o)) for t, d, o in zip(own, dense, oracle, strict=True) if d != o]
-        result["saving_reached"] = median_with_interval(saved)
+
+        def saving_reached(own_to_dense: np.ndarray, oracle_to_dense: np.ndarray) -> np.ndarray:
+            own_saves, oracle_saves = (1 - np.median(ratio, axis=-1) for ratio in (own_to_dense, oracle_to_dense))
+            return own_saves / (possible * np.where(oracle_saves == 0, np.nan, oracle_saves))
+
+        reached = with_interval(saving_reached, own / dense, oracle / dense)
+        if np.isfinite(list(reached.values())).all():
+            result["saving_reached"] = reached
     return result
 
 

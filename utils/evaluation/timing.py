@@ -40,22 +40,30 @@ class Stopwatch:
         return start.elapsed_time(end) / 1000
 
 
-def median_with_interval(values: Sequence[float], level: float = 0.95, resamples: int = 2000) -> dict[str, float]:
-    """Return the median and its bootstrap confidence interval.
+def median_with_interval(values: Sequence[float]) -> dict[str, float]:
+    """Return `median`, `low` and `high` of `values`, one for each repeat; see `with_interval`."""
+    return with_interval(lambda drawn: np.median(drawn, axis=-1), values)
+
+
+def with_interval(
+    statistic: Callable[..., np.ndarray], *series: Sequence[float], level: float = 0.95, resamples: int = 2000
+) -> dict[str, float]:
+    """Return a statistic of repeats and its bootstrap confidence interval.
 
     Args:
-        values: one for each repeat.
+        statistic: reduces the last axis of as many arrays as there are series.
+        *series: each with one value for each repeat; repeats are drawn together.
         level: of confidence.
         resamples: number of bootstrap samples; they are drawn with a fixed seed.
 
     Returns:
-        `median`, `low` and `high`.
+        `median` (the statistic is one, or made of some), `low` and `high`.
     """
-    values = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(0).choice(values, size=(resamples, len(values)))
+    arrays = [np.asarray(values, dtype=np.float64) for values in series]
+    drawn = np.random.default_rng(0).integers(len(arrays[0]), size=(resamples, len(arrays[0])))
     tail = 50 * (1 - level)
-    low, high = np.percentile(np.median(drawn, axis=1), [tail, 100 - tail])
-    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
+    low, high = np.percentile(statistic(*(values[drawn] for values in arrays)), [tail, 100 - tail])
+    return {"median": float(statistic(*arrays)), "low": float(low), "high": float(high)}
 
 
 def peak_memory(device: torch.device, call: Callable[[], Any]) -> int:
