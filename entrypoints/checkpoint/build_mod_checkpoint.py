@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.io.errors import UserError, run_command  # noqa: E402
+from utils.io.errors import UserError, run_command
 
 
 def parse_arguments() -> Namespace:

@@ -16,10 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.data.benchmark import compare_speeds, run_and_measure, write_reformatted, write_sharegpt  # noqa: E402
-from utils.data.formats import SOURCES  # noqa: E402
-from utils.io.errors import run_command  # noqa: E402
-from utils.io.files import write_json  # noqa: E402
+from utils.data.benchmark import compare_speeds, run_and_measure, write_reformatted, write_sharegpt
+from utils.data.formats import SOURCES
+from utils.io.errors import run_command
+from utils.io.files import write_json
 
 HERE = Path(__file__).resolve().parent
 

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.io.errors import run_command  # noqa: E402
+from utils.io.errors import run_command
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.data.mixing import find_parts, index_part, parse_portions, read_portions, write_mix  # noqa: E402
-from utils.data.workers import clean_exit_on_sigterm  # noqa: E402
-from utils.io.errors import UserError, run_command  # noqa: E402
+from utils.data.mixing import find_parts, index_part, parse_portions, read_portions, write_mix
+from utils.data.workers import clean_exit_on_sigterm
+from utils.io.errors import UserError, run_command
 
 
 def parse_arguments() -> argparse.Namespace:

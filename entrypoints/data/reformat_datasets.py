@@ -15,9 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from utils.data.formats import SOURCES  # noqa: E402
-from utils.data.reformat_all import reformat_all  # noqa: E402
-from utils.io.errors import run_command  # noqa: E402
+from utils.data.formats import SOURCES
+from utils.data.reformat_all import reformat_all
+from utils.io.errors import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
