@@ -18,6 +18,9 @@ def main() -> None:
     parser.prog = "launch.py"
     try:
         launch_command(parser.parse_args())
+    except KeyboardInterrupt:
+        print("the same command with the same OUTPUT_DIR goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except CalledProcessError as error:
         sys.exit(error.returncode)
     except ChildFailedError as error:

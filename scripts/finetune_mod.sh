@@ -48,6 +48,7 @@ done
 if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$PORT" == 0 || -z "${OUTPUT_DIR:-}" ]]; then
   die "NUM_MACHINES=$NUM_MACHINES needs MAIN_PROCESS_IP, PORT and OUTPUT_DIR, the same on every machine"
 fi
+if [[ -n "$TRAIN_FILE" ]]; then DATA_TYPE="$(basename "$TRAIN_FILE" .jsonl)"; fi
 OUTPUT_DIR="${OUTPUT_DIR:-$root/outputs/$FOLDER_NAME/$DATA_TYPE-$(date +%Y%m%d-%H%M%S)}"
 
 # shellcheck source=scripts/setup_env.sh
@@ -150,6 +151,7 @@ if [[ -n "$MAIN_PROCESS_IP" ]]; then launch+=(--main_process_ip "$MAIN_PROCESS_I
 deepspeed_file="$(sed -n 's/^ *deepspeed_config_file: *//p' "$ACCELERATE_CONFIG")"
 if [[ "$deepspeed_file" == configs/* ]]; then launch+=(--deepspeed_config_file "$root/$deepspeed_file"); fi
 command=("${launch[@]}" "$root/entrypoints/finetune/finetune_mod.py" "${arguments[@]}" "$@")
+echo "output directory: $OUTPUT_DIR" >&2
 printf '+' >&2
 printf ' %q' "${command[@]}" >&2
 printf '\n' >&2

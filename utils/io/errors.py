@@ -28,6 +28,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         # every process of a launch makes the same mistake: the first one says so
         code = _fail(str(error)) if os.environ.get("RANK", "0") == "0" else 1
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == "utils":
+            raise
+        hint = "`source .venv/bin/activate` first (`bash scripts/setup_env.sh` makes that environment)"
+        code = _fail(f"{error.name} is not installed for {sys.executable}: {hint}")
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -60,7 +60,9 @@ class ModelArguments:
 class DataArguments:
     """What it is trained and measured on."""
 
-    train_file: str = field(metadata={"help": "data.jsonl with `messages` (see the README, Data format)."})
+    train_file: str = field(
+        metadata={"help": "data.jsonl with `messages`, or with `prompt` and `completion` (see the README, Data)."}
+    )
     eval_file: str | None = field(
         default=None, metadata={"help": "Held-out rows in the same format. Default: taken out of train_file."}
     )
