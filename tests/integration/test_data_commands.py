@@ -181,7 +181,14 @@ def children(pid):
 def test_a_stopped_reformat_leaves_no_file_and_no_process(endless, tmp_path, kill, code):
     out = tmp_path / "out"
     arguments = ("--raw_data_root", endless, "--save_path", out)
-    process = subprocess.Popen(command(REFORMAT, *arguments), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(REFORMAT, *arguments),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts its background jobs with Ctrl-C ignored, and the tests may run in one
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for_output(out)
     workers = children(process.pid)
     assert workers
