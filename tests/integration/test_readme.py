@@ -106,7 +106,9 @@ def test_paths_that_are_named_exist(repository, path):
 @pytest.mark.slow
 def test_the_main_job_with_nothing_configured(copy, tmp_path):
     """A real pretrained model, real text, the defaults; the table and the output directory at the end."""
-    result = start(copy, COMMANDS[0], OUTPUT_DIR=str(tmp_path / "out"), OMP_NUM_THREADS="2")
+    fresh = tmp_path / "repository"
+    shutil.copytree(copy, fresh, ignore=shutil.ignore_patterns("raw", "reformatted", "mixed", "out", "my-mod"))
+    result = start(fresh, COMMANDS[0], OUTPUT_DIR=str(tmp_path / "out"), OMP_NUM_THREADS="2")
     assert result.stdout.strip().splitlines()[-1] == str(tmp_path / "out")
     assert "using the embedded sample" in result.stderr
     from utils.model.checkpoint import load_mod_model
