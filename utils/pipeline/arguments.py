@@ -175,9 +175,14 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
         if not (math.isfinite(self.gradient_scale) and self.gradient_scale >= 0.0):
             raise UserError(f"gradient_scale {self.gradient_scale} must be a number that is not negative")
-        rate = self.learning_rate
-        if rate is not None and not (math.isfinite(rate) and rate >= 0.0):
-            raise UserError(f"learning_rate {rate} must be a number that is not negative")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0.0):
+                raise UserError(f"{name} {value} must be a number that is not negative")
+        if not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0.0):
+            raise UserError(f"num_train_epochs {self.num_train_epochs} must be a number above 0")
+        if self.per_device_eval_batch_size < 1:
+            raise UserError(f"per_device_eval_batch_size {self.per_device_eval_batch_size} must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed {self.seed} must lie between 0 and {2**32 - 1}")
         if self.save_total_limit is not None and self.save_total_limit < 2:
