@@ -1,10 +1,10 @@
 """Measure the data commands on this machine: speed of reformatting, peak memory of reformatting and mixing.
 
     python entrypoints/data/benchmark_data.py
-    python entrypoints/data/benchmark_data.py --sharegpt data/raw/vicuna_sharegpt/ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json
+    python entrypoints/data/benchmark_data.py --sharegpt data/raw/vicuna_sharegpt/FILE.json
 
 Needs no download: without --sharegpt it invents its data. The defaults take some minutes and 5 GB of disk for a while.
-"""  # noqa: E501
+"""
 
 import argparse
 import json
