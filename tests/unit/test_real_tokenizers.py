@@ -1,5 +1,6 @@
 """Labels on the tokenizers of released models, against decoding and against encoding every prefix."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -10,9 +11,12 @@ import pytest
 from chat_tokenizers import LLAMA2, MISTRAL, prefix_mask, supervised_pieces, turns
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from model_zoo import make_base
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from utils.data.tokenization import ConversationEncoder
+from utils.model.checkpoint import build_mod_checkpoint
+from utils.model.configuration_mod import MoDSettings
 
 CONVERSATIONS = [
     turns("What is the capital of France?", "Paris.", "And of Japan?", "Tokyo 🗼, with 37 million people."),
@@ -107,3 +111,35 @@ def test_a_token_that_the_template_and_an_answer_share_is_not_supervised(mistral
     row = encode(mistral, turns("Smile", ";) :-)"))
     assert mistral.convert_ids_to_tokens(row["input_ids"])[-5:] == ["];", ")", "▁:", "-)", "</s>"]
     assert supervised_pieces(row, mistral) == [") :-)</s>"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "released", "named"),
+    [
+        ("mistral", "mistral", "LlamaTokenizer"),
+        ("mistral", "mistral", "LlamaTokenizerFast"),
+        ("mistral", "smollm2", None),
+        ("llama", "mistral", "LlamaTokenizer"),
+        ("llama", "smollm2", "PreTrainedTokenizerFast"),
+        ("qwen2", "smollm2", "Qwen2Tokenizer"),
+        ("qwen3", "smollm2", "GPT2Tokenizer"),
+    ],
+)
+def test_a_checkpoints_tokenizer_is_the_one_that_transformers_makes_of_its_base(
+    request, tmp_path, arch, released, named
+):
+    base, mod = tmp_path / "base", tmp_path / "mod"
+    make_base(arch).save_pretrained(base)
+    request.getfixturevalue(released).save_pretrained(base)
+    fields = json.loads((base / "tokenizer_config.json").read_text())
+    fields.pop("tokenizer_class", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(fields | ({"tokenizer_class": named} if named else {})))
+    build_mod_checkpoint(base, mod, MoDSettings("attn_sequence", (1, 2)))
+    expected, tokenizer = (
+        AutoTokenizer.from_pretrained(base),
+        AutoTokenizer.from_pretrained(mod, trust_remote_code=True),
+    )
+    assert type(tokenizer) is type(expected)
+    assert tokenizer.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    for text in ("Hello  world\n\n 12345 ünï", "▁x <s>[INST] a [/INST]</s>"):
+        assert tokenizer(text) == expected(text)

@@ -47,7 +47,7 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
     *("generation_config.json", "LICENSE*", "NOTICE*"),
 )
-"""Files that go from base to checkpoint unchanged."""
+"""Files that go from base to checkpoint unchanged, but for the tokenizer's class (`_name_tokenizer_class`)."""
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -278,6 +278,7 @@ def write_checkpoint(
         save_routers(staged / ROUTERS_FILE, routers, settings)
         for path in _companions(source_dir):
             shutil.copyfile(path, staged / path.name)
+        _name_tokenizer_class(source_dir, staged)
         for path in sorted(Path(__file__).parent.glob("*_mod.py")):
             shutil.copyfile(path, staged / path.name)
         write_json(staged / "config.json", mod_config(source_config, settings))
@@ -420,6 +421,19 @@ def _save_base(target: Path, weights: dict[str, torch.Tensor]) -> dict[str, str]
 
 def _companions(directory: Path) -> list[Path]:
     return sorted({path for pattern in COMPANIONS for path in directory.glob(pattern) if path.is_file()})
+
+
+def _name_tokenizer_class(source_dir: Path, staged: Path) -> None:
+    """Have plain `AutoTokenizer` choose the class that it chooses for the base.
+
+    It has rules for model types of its own (they overrule what a `mistral` base names, for one), and for a `mod_*` type
+    it follows `tokenizer_config.json`.
+    """
+    if not any(staged.glob("tokenizer*")):
+        return
+    path = staged / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, config | {"tokenizer_class": type(load_tokenizer(source_dir)).__name__})
 
 
 def _refuse(directory: Path, problem: str, names: list[str]) -> None:
