@@ -8,8 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from utils.io.errors import UserError
 from utils.model.checkpoint import load_mod_model, make_settings, read_config
 from utils.pipeline.arguments import RouterTrainingArguments, accumulation_steps
-from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone, last_complete_checkpoint
+from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
 from utils.pipeline.losses import capacity_hinge, executed_inputs
+from utils.pipeline.training_checkpoint import last_complete_checkpoint
 
 VOCABULARY = 96
 LAYERS = [2, 3, 4]

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from utils.io.errors import UserError
 from utils.model.checkpoint import INDEX_FILE
 
-from .customized_trainer import COMPLETE_FILE, last_complete_checkpoint
+from .training_checkpoint import COMPLETE_FILE, last_complete_checkpoint
 
 RUN_FILE = "run.json"
 RESULT_NEUTRAL = ("tokenized_cache_dir", "save_base")
