@@ -14,7 +14,7 @@ def reference_forward(
     base,
     routers: dict[int, torch.Tensor],
     granularity: str,
-    threshold: float,
+    threshold: float | tuple[float, ...],
     input_ids,
     attention_mask=None,
     prompt_tokens: int | None = None,
@@ -24,7 +24,7 @@ def reference_forward(
     Args:
         base: a dense `ForCausalLM` model in float32.
         routers: layer index -> weight, float32 [1, hidden_size].
-        granularity, threshold: of the routing.
+        granularity, threshold: of the routing; the threshold one for all routers, or one for each.
         input_ids: int64 [batch, tokens].
         attention_mask: 1 for real tokens, [batch, tokens]; None for all.
         prompt_tokens: a sequence is decided on the real ones among its first so many tokens; None for all.
@@ -39,6 +39,8 @@ def reference_forward(
     scores = {index: torch.full(shape, math.nan) for index in routers}
     gates = {index: torch.full(shape, math.nan) for index in routers}
     logits = torch.zeros(batch, tokens, base.config.vocab_size)
+    each = threshold if isinstance(threshold, tuple) else (threshold,) * len(routers)
+    thresholds = dict(zip(routers, each, strict=True))
     for row in range(batch):
         real = [t for t in range(tokens) if attention_mask is None or attention_mask[row, t] == 1]
         hidden = base.model.embed_tokens(input_ids[row, real])  # [real, hidden]
@@ -52,13 +54,13 @@ def reference_forward(
                     prompt = [t for t, position in enumerate(real) if prompt_tokens is None or position < prompt_tokens]
                     pooled = sum(normed[t].double() for t in prompt) / len(prompt)
                     score = 1 / (1 + math.exp(-float(pooled @ weight)))
-                    scores[index][row], gates[index][row] = score, float(score >= threshold)
-                    return [score >= threshold] * len(real)
+                    scores[index][row], gates[index][row] = score, float(score >= thresholds[index])
+                    return [score >= thresholds[index]] * len(real)
                 result = []
                 for t, position in enumerate(real):
                     score = 1 / (1 + math.exp(-float(normed[t].double() @ weight)))
-                    scores[index][row, position], gates[index][row, position] = score, float(score >= threshold)
-                    result.append(score >= threshold)
+                    scores[index][row, position], gates[index][row, position] = score, float(score >= thresholds[index])
+                    result.append(score >= thresholds[index])
                 return result
 
             everything = [True] * len(real)

@@ -80,6 +80,17 @@ def test_a_threshold_outside_zero_and_one_is_refused(threshold):
         MoDSettings("attn_sequence", (1,), threshold=threshold)
 
 
+def test_each_routed_layer_can_have_a_threshold_of_its_own():
+    settings = MoDSettings("attn_sequence", (1, 3), threshold=[0.4, 0.6])
+    assert (settings.threshold_of(1), settings.threshold_of(3)) == (0.4, 0.6)
+    assert MoDSettings("attn_sequence", (1, 3), threshold=0.4).threshold_of(3) == 0.4
+    assert MoDSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    with pytest.raises(ValueError, match="threshold has 1 numbers for 2 routed layers"):
+        MoDSettings("attn_sequence", (1, 3), threshold=[0.4])
+    with pytest.raises(ValueError, match=r"threshold 1.5 .*between 0 and 1"):
+        MoDSettings("attn_sequence", (1, 3), threshold=[0.4, 1.5])
+
+
 @pytest.mark.parametrize("capacity", [-0.1, 1.1, float("nan"), "half"])
 def test_a_target_capacity_outside_zero_and_one_is_refused(capacity):
     with pytest.raises(ValueError, match=r"target_capacity .*between 0 and 1"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils.model.configuration_mod import MoDSettings
-from utils.model.routing_mod import MoDRouter, decide
+from utils.model.routing_mod import decide
 
 from .columns import Column
 from .kv_memory import kv_bytes_by_layer
@@ -240,16 +240,13 @@ def router_seconds(
 ) -> float:
     """Return the median seconds that the routers of all layers together take over one prefill."""
     model = next(column.model for column in columns if column.name == "tuned")
-    settings, routers = model.config.mod_settings, model.router_modules().values()
+    settings, routers = model.config.mod_settings, model.router_modules()
     hidden_states = torch.randn(batch, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
-
-    def run(router: MoDRouter) -> None:
-        decide(router, hidden_states, settings.level, settings.threshold, token_mask=None)
 
     def run_all() -> None:
         for _ in range(calls):
-            for router in routers:
-                run(router)
+            for layer, router in routers.items():
+                decide(router, hidden_states, settings.level, settings.threshold_of(layer), token_mask=None)
 
     return statistics.median([stopwatch.time(run_all) for _ in range(repeats + 1)][1:]) / calls
 

@@ -54,14 +54,15 @@ class MoDSettings:
     Args:
         granularity: one of `GRANULARITIES`.
         layers: indices of the routed layers, ascending.
-        threshold: an input is kept where `sigmoid(router_logit) >= threshold` (Eq. 2).
+        threshold: an input is kept where `sigmoid(router_logit) >= threshold` (Eq. 2); one number for all layers, or
+            one for each routed layer, in the order of `layers`.
         target_capacity: share of inputs in [0, 1] that the routers were trained to execute; None where not trained.
         base_model: name of the dense model that the checkpoint was made from; for the reader only.
     """
 
     granularity: str
     layers: tuple[int, ...]
-    threshold: float = 0.5
+    threshold: float | tuple[float, ...] = 0.5
     target_capacity: float | None = None
     base_model: str | None = None
 
@@ -71,8 +72,14 @@ class MoDSettings:
         if not layers or any(type(i) is not int or i < 0 for i in layers) or list(layers) != sorted(set(layers)):
             raise ValueError(f"mod.layers {self.layers} must be one or more ascending layer indices")
         object.__setattr__(self, "layers", layers)
-        if not _is_number(self.threshold) or not 0.0 < self.threshold < 1.0:
-            raise ValueError(f"mod.threshold {self.threshold!r} must be a number between 0 and 1")
+        several = isinstance(self.threshold, list | tuple)
+        if several:
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+            if len(self.threshold) != len(layers):
+                raise ValueError(f"mod.threshold has {len(self.threshold)} numbers for {len(layers)} routed layers")
+        for threshold in self.threshold if several else (self.threshold,):
+            if not _is_number(threshold) or not 0.0 < threshold < 1.0:
+                raise ValueError(f"mod.threshold {threshold!r} must be a number between 0 and 1")
         capacity = self.target_capacity
         if capacity is not None and (not _is_number(capacity) or not 0.0 <= capacity <= 1.0):
             raise ValueError(f"target_capacity {capacity!r} must be a number between 0 and 1, or be left out")
@@ -93,7 +100,14 @@ class MoDSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into `config.json`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"layers": list(self.layers)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def threshold_of(self, layer: int) -> float:
+        """Return the threshold of the routed layer with this index."""
+        if isinstance(self.threshold, tuple):
+            return self.threshold[self.layers.index(layer)]
+        return self.threshold
 
     @property
     def target(self) -> str:

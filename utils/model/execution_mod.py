@@ -170,7 +170,8 @@ def _recall(layer: torch.nn.Module, routing: Routing, cache: Any) -> Decision | 
 def _decide(layer: torch.nn.Module, normed: torch.Tensor, routing: Routing, cache: Any) -> Decision:
     """Decide on the normed input [batch, tokens, hidden_size], record it and let the cache hold it."""
     settings = layer.mod_settings
-    decision = Decision(*decide(layer.router, normed, settings.level, settings.threshold, routing.token_mask))
+    threshold = settings.threshold_of(layer.layer_idx)
+    decision = Decision(*decide(layer.router, normed, settings.level, threshold, routing.token_mask))
     routing.decisions[layer.layer_idx] = decision
     if cache is not None and settings.level == "sequence":
         cache.layers[layer.layer_idx].hold(decision, packed=routing.sparse and settings.target != "mlp")
