@@ -1,0 +1,122 @@
+"""What `describe` says is what the files hold, and its arithmetic is what a real forward counts."""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+
+import model_zoo
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.evaluation.costs import layer_cost, savings
+from utils.evaluation.inspection import describe_checkpoint, inspect_checkpoint
+from utils.io.errors import UserError
+from utils.model.checkpoint import build_mod_checkpoint, make_settings, read_config
+from utils.model.configuration_mod import GRANULARITIES, MoDSettings
+
+
+@torch.inference_mode()
+def counted_flops(model, input_ids) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids, use_cache=True, logits_to_keep=1)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_saved_operations_are_those_that_a_forward_leaves_out(granularity):
+    length = 24
+    input_ids = model_zoo.random_tokens(1, length)
+    base, kept = model_zoo.make_pair("llama", granularity, attention="eager")
+    _, skipped = model_zoo.make_pair("llama", granularity, attention="eager", threshold=0.75)
+    config = base.config.to_dict()
+    settings = MoDSettings(granularity, model_zoo.LAYERS)
+    expected = savings(config, settings, length, dict.fromkeys(settings.layers, 0.0), "float32")
+    # eager attention multiplies with what the causal mask hides too
+    hidden_pairs = length * length - length * (length + 1) / 2
+    hidden = 2 * 2 * hidden_pairs * model_zoo.HIDDEN_SIZE
+    dense = counted_flops(base, input_ids)
+    assert dense == pytest.approx(expected["flops"] + model_zoo.NUM_LAYERS * hidden, rel=0.01)  # and rotary embeddings
+    routers = len(settings.layers) * 2 * model_zoo.HIDDEN_SIZE * (1 if settings.level == "sequence" else length)
+    assert counted_flops(kept, input_ids) == dense + routers
+    saved = expected["flops_saved"] + (0 if settings.target == "mlp" else len(settings.layers) * hidden)
+    assert dense + routers - counted_flops(skipped, input_ids) == saved
+
+
+def test_kv_memory_of_the_papers_case(repository):
+    """Llama-3-8B, 2048 tokens, batch 64, half of 16 layers skipped: 0.5 GiB a layer, 4 GiB in all."""
+    facts = inspect_checkpoint(repository / "ckpt/llama3-8b-instruct-mod", [2048], batch=64, capacity=0.5)
+    cost = facts["savings"]["lengths"][2048]
+    assert cost["kv_bytes"] == 16 * 2**30
+    assert cost["kv_bytes_saved"] == 4 * 2**30
+    assert not facts["routers"]["built"]
+    assert facts["routers"]["parameters"] == 16 * 4096
+    assert "4.0 GiB" in describe_checkpoint(facts)
+
+
+def test_a_sliding_window_bounds_what_is_seen_and_stored():
+    config = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    whole, windowed = (layer_cost(config | {"sliding_window": window}, 100) for window in (None, 10))
+    assert windowed.kv_elements == 10 * 2 * 8
+    assert whole.kv_elements == 100 * 2 * 8
+    # the first ten tokens see 55 pairs, each later one ten
+    assert whole.queries - windowed.queries == 2 * 2 * (100 * 101 / 2 - (55 + 90 * 10)) * 8
+
+
+@pytest.fixture
+def checkpoint(tmp_path, smollm2_dir):
+    """A tiny checkpoint with the report of a training run."""
+    base = model_zoo.make_base("llama")
+    base.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / name).write_bytes((smollm2_dir / name).read_bytes())
+    settings = make_settings(read_config(tmp_path / "base"), mod_n=2, granularity="block_sequence")
+    build_mod_checkpoint(tmp_path / "base", tmp_path / "mod", replace(settings, target_capacity=0.75))
+    routed = {"eval_loss": 2.0, "eval_capacity": 0.6, "eval_capacity/layer_3": 0.2, "eval_capacity/layer_4": 1.0}
+    report = {"held_out": {"rows": 64, "dense": {"dense_loss": 1.9}, "routed": routed}}
+    (tmp_path / "mod/results.json").write_text(json.dumps(report))
+    return tmp_path / "mod"
+
+
+def test_a_built_checkpoint(checkpoint):
+    facts = inspect_checkpoint(checkpoint, [16])
+    assert facts["granularity"] == "block_sequence"
+    assert facts["threshold"] == {3: 0.5, 4: 0.5}
+    assert facts["trained"]["layers"] == {3: 0.2, 4: 1.0}
+    assert facts["savings"]["capacity_from"] == "held-out rows of the training run"
+    assert facts["routers"]["parameters"] == 2 * model_zoo.HIDDEN_SIZE
+    weights = sum(parameter.numel() for parameter in model_zoo.make_base("llama").parameters())
+    assert facts["routers"]["share"] == 64 / (weights + 64)
+    one_layer = layer_cost(read_config(checkpoint), 16)
+    assert facts["savings"]["lengths"][16]["flops_saved"] == pytest.approx(0.8 * one_layer.total)
+    text = describe_checkpoint(facts)
+    assert "0.600 on 64 held-out rows" in text
+    (checkpoint / "results.json").unlink()
+    facts = inspect_checkpoint(checkpoint, [16])
+    assert facts["savings"]["capacity"] == 0.75
+    assert facts["savings"]["capacity_from"] == "the target"
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, repository, monkeypatch, capsys):
+    with pytest.raises(UserError, match="a dense llama model"):
+        inspect_checkpoint(tmp_path / "base", [16])
+    (checkpoint / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="not the report of a training run"):
+        inspect_checkpoint(checkpoint, [16])
+    monkeypatch.setattr(sys, "argv", ["describe.py", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as exit_code:
+        runpy.run_path(str(repository / "entrypoints/evaluation/describe.py"), run_name="__main__")
+    assert exit_code.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nowhere'}: no such model directory\n"
+
+
+def test_the_command_prints_text_and_json(checkpoint, repository, monkeypatch, capsys):
+    for extra in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["describe.py", str(checkpoint), "--lengths", "16", *extra])
+        with pytest.raises(SystemExit) as exit_code:
+            runpy.run_path(str(repository / "entrypoints/evaluation/describe.py"), run_name="__main__")
+        assert exit_code.value.code == 0
+    text, _, written = capsys.readouterr().out.partition("{")
+    assert "granularity  block_sequence" in text
+    assert json.loads("{" + written)["layers"] == [3, 4]

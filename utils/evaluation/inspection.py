@@ -1,0 +1,179 @@
+"""What a checkpoint is, without running it: from its `config.json`, the headers of its files and its run's report."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from utils.io.errors import UserError
+from utils.model.checkpoint import INDEX_FILE, ROUTERS_FILE, is_mod, make_settings, read_config, weight_map
+
+from .costs import BYTES, savings
+
+
+def inspect_checkpoint(
+    directory: str | Path, lengths: Sequence[int], batch: int = 1, capacity: float | None = None
+) -> dict[str, Any]:
+    """Read what there is to know of a checkpoint; reads headers of weights, never weights.
+
+    Args:
+        directory: a MoD checkpoint, or one of `ckpt/` that is not built yet.
+        lengths: prompt lengths in tokens that savings are given for.
+        batch: sequences whose KV memory is counted.
+        capacity: share of inputs executed; default what the training run measured, else its target, else 0.5.
+
+    Returns:
+        `base_model`, `granularity`, `layers`, `threshold` (layer -> number), `routers`, `capacity` and `savings`.
+
+    Raises:
+        UserError: the directory is not a MoD checkpoint.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    if not is_mod(config):
+        raise UserError(
+            f"{directory}: a dense {config['model_type']} model, without routing to describe; make a checkpoint of it "
+            "with `python entrypoints/checkpoint/build_mod_checkpoint.py`"
+        )
+    settings = make_settings(config)
+    threshold = settings.threshold
+    thresholds = list(threshold) if isinstance(threshold, list | tuple) else [threshold] * len(settings.layers)
+    measured = _measured(directory, settings.layers)
+    given, source = capacity, "as given"
+    if given is None and measured is None:
+        given, source = settings.target_capacity, "the target"
+        if given is None:
+            given, source = 0.5, "the paper's, as none was trained for"
+    shares = dict.fromkeys(settings.layers, given) if given is not None else measured["layers"]
+    dtype = _dtype(config)
+    return {
+        "checkpoint": str(directory),
+        "base_model": settings.base_model,
+        "architecture": config["model_type"].removeprefix("mod_"),
+        "granularity": settings.granularity,
+        "num_hidden_layers": config["num_hidden_layers"],
+        "layers": list(settings.layers),
+        "threshold": dict(zip(settings.layers, thresholds, strict=True)),
+        "target_capacity": settings.target_capacity,
+        "trained": measured,
+        "routers": _routers(directory, config, settings),
+        "dtype": dtype,
+        "savings": {
+            "capacity": sum(shares.values()) / len(shares),
+            "capacity_from": source if given is not None else "held-out rows of the training run",
+            "batch": batch,
+            "lengths": {
+                length: {
+                    name: batch * value for name, value in savings(config, settings, length, shares, dtype).items()
+                }
+                for length in lengths
+            },
+        },
+    }
+
+
+def describe_checkpoint(facts: dict[str, Any]) -> str:
+    """Return what `inspect_checkpoint` found as text."""
+    routers, saved = facts["routers"], facts["savings"]
+    layers = facts["layers"]
+    lines = [
+        f"checkpoint   {facts['checkpoint']}",
+        f"base         {facts['base_model'] or 'not named'} ({facts['architecture']}, {facts['dtype']})",
+        f"granularity  {facts['granularity']}",
+        f"layers       {len(layers)} of {facts['num_hidden_layers']}: {' '.join(map(str, layers))}",
+        f"target       {'none' if facts['target_capacity'] is None else facts['target_capacity']}",
+        f"routers      {routers['parameters']} parameters, {routers['bytes'] / 1024:.1f} KiB"
+        + ("" if routers["share"] is None else f", {100 * routers['share']:.4f}% of the model")
+        + ("" if routers["built"] else "; the weights are not built yet"),
+        "",
+    ]
+    trained = facts["trained"]
+    if trained is None:
+        lines.append("capacity     no report of a training run here")
+    else:
+        lines.append(
+            f"capacity     {trained['capacity']:.3f} on {trained['rows']} held-out rows, loss {trained['loss']:.4f} "
+            f"(dense {trained['dense_loss']:.4f})"
+        )
+    shares = trained["layers"] if trained else {}
+    lines.append("  layer      " + "".join(f"{layer:>7}" for layer in layers))
+    lines.append("  threshold  " + "".join(f"{facts['threshold'][layer]:>7.3g}" for layer in layers))
+    if shares:
+        lines.append("  executed   " + "".join(f"{shares[layer]:>7.2f}" for layer in layers))
+    lines += [
+        "",
+        f"saved by arithmetic at capacity {saved['capacity']:.3f} ({saved['capacity_from']}), batch {saved['batch']}",
+        f"  {'tokens':>8}{'prefill':>12}{'saved':>12}{'':>8}{'KV':>12}{'saved':>12}{'':>8}",
+    ]
+    for length, cost in saved["lengths"].items():
+        lines.append(
+            f"  {length:>8}{_flops(cost['flops']):>12}{_flops(cost['flops_saved']):>12}"
+            f"{cost['flops_saved'] / cost['flops']:>8.1%}{_bytes(cost['kv_bytes']):>12}"
+            f"{_bytes(cost['kv_bytes_saved']):>12}{cost['kv_bytes_saved'] / cost['kv_bytes']:>8.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return what the training run found on its held-out rows, None where there is no report."""
+    path = directory / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        held_out = json.loads(path.read_text(encoding="utf-8"))["held_out"]
+        routed = held_out["routed"]
+        return {
+            "rows": held_out["rows"],
+            "loss": routed["eval_loss"],
+            "dense_loss": held_out["dense"]["dense_loss"],
+            "capacity": routed["eval_capacity"],
+            "layers": {layer: routed[f"eval_capacity/layer_{layer}"] for layer in layers},
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the report of a training run of this checkpoint: {error!r}") from None
+
+
+def _routers(directory: Path, config: dict[str, Any], settings: Any) -> dict[str, Any]:
+    built = (directory / INDEX_FILE).is_file()
+    share = None
+    if built:
+        routers = _elements(directory / ROUTERS_FILE)
+        share = routers / sum(_elements(directory / name) for name in set(weight_map(directory).values()))
+    else:
+        rows = config.get("num_experts", config.get("num_local_experts", 1)) if settings.target == "expert" else 1
+        routers = rows * config["hidden_size"] * len(settings.layers)
+    return {"parameters": routers, "bytes": 4 * routers, "share": share, "built": built}
+
+
+def _elements(path: Path) -> int:
+    total = 0
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            count = 1
+            for size in file.get_slice(name).get_shape():
+                count *= size
+            total += count
+    return total
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return name if name in BYTES else "float32"
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, 1000, ("", "K", "M", "G", "T", "P", "E")) + "FLOP"
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1024, ("", "Ki", "Mi", "Gi", "Ti", "Pi")) + "B"
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < base:
+            return f"{value:.1f} {unit}" if unit else f"{value:.0f} "
+        value /= base
+    return f"{value:.1f} {units[-1]}"
