@@ -8,25 +8,39 @@ import copy
 import functools
 from dataclasses import dataclass
 
+import pytest
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from utils.model.configuration_mod import (
+    ALL_GRANULARITIES,
     GRANULARITIES,
     MoDConfigMixin,
+    MoDDeepseekV2Config,
     MoDLlamaConfig,
     MoDMistralConfig,
+    MoDMixtralConfig,
+    MoDOlmoeConfig,
     MoDQwen2Config,
+    MoDQwen2MoeConfig,
     MoDQwen3Config,
 )
 from utils.model.modeling_mod import (
@@ -34,6 +48,12 @@ from utils.model.modeling_mod import (
     MoDMistralForCausalLM,
     MoDQwen2ForCausalLM,
     MoDQwen3ForCausalLM,
+)
+from utils.model.modeling_moe_mod import (
+    MoDDeepseekV2ForCausalLM,
+    MoDMixtralForCausalLM,
+    MoDOlmoeForCausalLM,
+    MoDQwen2MoeForCausalLM,
 )
 
 NUM_LAYERS = 6
@@ -91,13 +111,86 @@ ARCHITECTURES = {
     ),
 }
 
+NUM_EXPERTS = 6
+
+MOE_ARCHITECTURES = {
+    "olmoe": Architecture(
+        OlmoeConfig,
+        OlmoeForCausalLM,
+        MoDOlmoeConfig,
+        MoDOlmoeForCausalLM,
+        {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 3, "clip_qkv": 1.0},
+    ),
+    "qwen2_moe": Architecture(
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        MoDQwen2MoeConfig,
+        MoDQwen2MoeForCausalLM,
+        {
+            "num_experts": NUM_EXPERTS,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+            "mlp_only_layers": [2],
+            "use_sliding_window": True,
+            "sliding_window": SLIDING_WINDOW,
+            "layer_types": MIXED_LAYER_TYPES,
+        },
+    ),
+    "mixtral": Architecture(
+        MixtralConfig,
+        MixtralForCausalLM,
+        MoDMixtralConfig,
+        MoDMixtralForCausalLM,
+        {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "sliding_window": SLIDING_WINDOW},
+    ),
+    "deepseek_v2": Architecture(
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        MoDDeepseekV2Config,
+        MoDDeepseekV2ForCausalLM,
+        {
+            "n_routed_experts": NUM_EXPERTS,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 12,
+            "q_lora_rank": 20,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 10,
+        },
+    ),
+}
+"""Mixtures of experts: with and without shared experts, layers without experts, norms and bounds of attention."""
+
+ALL_ARCHITECTURES = ARCHITECTURES | MOE_ARCHITECTURES
+
 SEQUENCE_GRANULARITIES = tuple(name for name in GRANULARITIES if name.endswith("_sequence"))
 TOKEN_GRANULARITIES = tuple(name for name in GRANULARITIES if name.endswith("_token"))
 
 
+def all_pairs() -> list:
+    """Return every architecture with every granularity that it can be routed at, as cases of a test."""
+    dense = [(arch, granularity) for arch in ARCHITECTURES for granularity in GRANULARITIES]
+    moe = [(arch, granularity) for arch in MOE_ARCHITECTURES for granularity in ALL_GRANULARITIES]
+    # with experts these take the same paths as those that are left
+    in_slow = ("mlp_sequence", "mlp_token", "block_sequence")
+    return dense + [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] in in_slow)) for pair in moe]
+
+
+def routable_layers(arch: str, granularity: str) -> tuple[int, ...]:
+    """Return all layers but the last that can be routed so: for experts, those that have some."""
+    without = {"qwen2_moe": (2,), "deepseek_v2": (0,)}.get(arch, ()) if granularity == "expert_token" else ()
+    return tuple(index for index in range(NUM_LAYERS - 1) if index not in without)
+
+
 def make_base(arch: str, seed: int = 0, **fields) -> PreTrainedModel:
     """Return a random base model in float32 and evaluation mode; `fields` override those of its config."""
-    architecture = ARCHITECTURES[arch]
+    architecture = ALL_ARCHITECTURES[arch]
     values = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HIDDEN_SIZE,
@@ -128,14 +221,14 @@ def mod_config(base: PreTrainedModel, granularity: str, layers=LAYERS, **setting
         name: value for name, value in base.config.to_dict().items() if name not in ("model_type", "architectures")
     }
     mod = {"granularity": granularity, "layers": list(layers), **settings}
-    config = ARCHITECTURES[base.config.model_type].config(**fields, mod=mod)
+    config = ALL_ARCHITECTURES[base.config.model_type].config(**fields, mod=mod)
     config._attn_implementation = base.config._attn_implementation
     return config
 
 
 def add_routers(base: PreTrainedModel, granularity: str, layers=LAYERS, **settings) -> PreTrainedModel:
     """Return the routed model with the base's weights and routers at zero, in evaluation mode, in float32."""
-    model = ARCHITECTURES[base.config.model_type].model(mod_config(base, granularity, layers, **settings))
+    model = ALL_ARCHITECTURES[base.config.model_type].model(mod_config(base, granularity, layers, **settings))
     problems = model.load_state_dict(base.state_dict(), strict=False)
     assert not problems.unexpected_keys
     assert set(problems.missing_keys) == {f"model.layers.{index}.router.weight" for index in layers}

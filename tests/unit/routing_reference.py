@@ -14,7 +14,7 @@ def reference_forward(
     base,
     routers: dict[int, torch.Tensor],
     granularity: str,
-    threshold: float | tuple[float, ...],
+    threshold,
     input_ids,
     attention_mask=None,
     prompt_tokens: int | None = None,
@@ -23,19 +23,22 @@ def reference_forward(
 
     Args:
         base: a dense `ForCausalLM` model in float32.
-        routers: layer index -> weight, float32 [1, hidden_size].
-        granularity, threshold: of the routing; the threshold one for all routers, or one for each.
+        routers: layer index -> weight, float32 [1, hidden_size], or for experts [num_experts, hidden_size].
+        granularity, threshold: of the routing; the threshold one for all routers, or one for each, or for
+            each several, one for each expert.
         input_ids: int64 [batch, tokens].
         attention_mask: 1 for real tokens, [batch, tokens]; None for all.
         prompt_tokens: a sequence is decided on the real ones among its first so many tokens; None for all.
 
     Returns:
         logits float32 [batch, tokens, vocabulary], zero at padding; scores and gates, layer index -> [batch]
-        (sequence level) or [batch, tokens] (token level, nan at padding).
+        (sequence level), [batch, tokens] (token level, nan at padding) or [batch, tokens, top_k] (experts).
     """
     target, level = granularity.split("_")
     batch, tokens = input_ids.shape
     shape = (batch,) if level == "sequence" else (batch, tokens)
+    if target == "expert":
+        shape = (batch, tokens, base.config.num_experts_per_tok)
     scores = {index: torch.full(shape, math.nan) for index in routers}
     gates = {index: torch.full(shape, math.nan) for index in routers}
     logits = torch.zeros(batch, tokens, base.config.vocab_size)
@@ -74,13 +77,39 @@ def reference_forward(
             )
             normed = layer.post_attention_layernorm(hidden)
             keep_mlp = kept(normed) if index in routers and target == "mlp" else everything
-            hidden = torch.stack(
-                [hidden[t] + layer.mlp(normed[t]) if keep_mlp[t] else hidden[t] for t in range(len(real))]
-            )
+
+            def mlp(t, index=index, row=row, real=real, layer=layer, normed=normed):
+                """Return the MLP's output for one real token, and write down what its experts decided."""
+                if target != "expert" or index not in routers:
+                    return layer.mlp(normed[None, t : t + 1])[0, 0]  # experts take three dimensions
+                decided, output = _experts(layer.mlp, normed[t], routers[index], thresholds[index])
+                for k, (score, executed) in enumerate(decided):
+                    scores[index][row, real[t], k], gates[index][row, real[t], k] = score, float(executed)
+                return output
+
+            hidden = torch.stack([hidden[t] + mlp(t) if keep_mlp[t] else hidden[t] for t in range(len(real))])
             if target == "block":
                 hidden = torch.stack([hidden[t] if keep[t] else before[t] for t in range(len(real))])
         logits[row, real] = base.lm_head(base.model.norm(hidden))
     return logits, scores, gates
+
+
+def _experts(block, token, weight, threshold: float | tuple[float, ...]):
+    """Return each assignment's score and whether it is executed, and the output of a block of experts for one token."""
+    _, gate_weights, chosen = block.gate(token[None])
+    decided, output = [], torch.zeros_like(token)
+    for gate_weight, expert in zip(gate_weights[0], chosen[0].tolist(), strict=True):
+        score = 1 / (1 + math.exp(-float(token.double() @ weight[expert].double())))
+        executed = score >= (threshold[expert] if isinstance(threshold, tuple) else threshold)
+        decided.append((score, executed))
+        if executed:
+            gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
+            output = output + gate_weight * (block.experts.down_proj[expert] @ (block.experts.act_fn(gate) * up))
+    if hasattr(block, "shared_experts"):
+        output = output + block.shared_experts(token)
+    if hasattr(block, "shared_expert"):
+        output = output + torch.sigmoid(block.shared_expert_gate(token)) * block.shared_expert(token)
+    return decided, output
 
 
 def _window(config, index: int) -> int | None:

@@ -11,11 +11,13 @@ from model_zoo import (
     NUM_LAYERS,
     SEQUENCE_GRANULARITIES,
     add_routers,
+    all_pairs,
     make_base,
     make_pair,
     pad,
     random_tokens,
     randomize_routers,
+    routable_layers,
     texts,
 )
 from routing_reference import reference_forward
@@ -34,6 +36,7 @@ ALL_BUT_LAST = tuple(range(NUM_LAYERS - 1))
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+every_pair = pytest.mark.parametrize(("arch", "granularity"), all_pairs())
 every_packed_granularity = pytest.mark.parametrize("granularity", PACKED_GRANULARITIES)
 every_sequence_granularity = pytest.mark.parametrize("granularity", SEQUENCE_GRANULARITIES)
 
@@ -82,13 +85,12 @@ def mixed_model(granularity: str, arch: str = "llama", layers=LAYERS, **fields):
     return randomize_routers(make_pair(arch, granularity, layers)[1], scale=0.7)
 
 
-@every_architecture
-@every_granularity
+@every_pair
 @pytest.mark.parametrize(
     "side", ["left", pytest.param("none", marks=pytest.mark.slow), pytest.param("right", marks=pytest.mark.slow)]
 )
 def test_cached_calls_equal_recomputing_with_the_decisions_of_prefill(arch, granularity, side):
-    base, model = make_pair(arch, granularity, layers=ALL_BUT_LAST)
+    base, model = make_pair(arch, granularity, layers=routable_layers(arch, granularity))
     randomize_routers(model, scale=0.7)
     input_ids, mask = padded_prompts(side, continuation=5)
     routers = {index: router.weight for index, router in model.router_modules().items()}
@@ -100,8 +102,7 @@ def test_cached_calls_equal_recomputing_with_the_decisions_of_prefill(arch, gran
         torch.testing.assert_close(logits[real], expected[real], atol=LOGITS_BOUND, rtol=0)
 
 
-@every_architecture
-@every_granularity
+@every_pair
 @pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_sparse_equals_dense_with_a_cache_also_at_padding(arch, granularity, attention):
     assert_sparse_equals_dense_with_a_cache(arch, granularity, attention)
@@ -113,7 +114,7 @@ def test_sparse_equals_dense_with_a_cache_in_eager_attention(granularity):
 
 
 def assert_sparse_equals_dense_with_a_cache(arch, granularity, attention):
-    model = mixed_model(granularity, arch, ALL_BUT_LAST, attn_implementation=attention)
+    model = mixed_model(granularity, arch, routable_layers(arch, granularity), attn_implementation=attention)
     shares = []
     for side in ("none", "left", "right"):
         input_ids, mask = padded_prompts(side, continuation=3)

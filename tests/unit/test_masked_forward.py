@@ -9,6 +9,7 @@ from model_zoo import (
     LAYERS,
     NUM_LAYERS,
     add_routers,
+    all_pairs,
     make_base,
     make_pair,
     pad,
@@ -27,6 +28,7 @@ SCORES_BOUND = 5e-6
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+every_pair = pytest.mark.parametrize(("arch", "granularity"), all_pairs())
 
 
 def padded_batches() -> dict[str, dict[str, torch.Tensor]]:
@@ -57,8 +59,7 @@ def assert_follows_contract(base, model, granularity: str, threshold: float | tu
     return gates.flatten()
 
 
-@every_architecture
-@every_granularity
+@every_pair
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_routers_at_zero_give_exactly_the_base_model_in_float32(arch, granularity, attention):
     base, model = make_pair(arch, granularity, attention=attention)
@@ -71,8 +72,7 @@ def test_routers_at_zero_give_exactly_the_base_model_in_float32(arch, granularit
                 assert (output.logits - expected).abs().max() == 0
 
 
-@every_architecture
-@every_granularity
+@every_pair
 def test_routers_at_zero_give_exactly_the_base_model_in_bfloat16(arch, granularity):
     base, model = make_pair(arch, granularity)
     base, model = base.to(torch.bfloat16), model.to(torch.bfloat16)
@@ -85,8 +85,7 @@ def test_routers_at_zero_give_exactly_the_base_model_in_bfloat16(arch, granulari
                 assert (logits - expected).abs().max() == 0
 
 
-@every_architecture
-@every_granularity
+@every_pair
 def test_routers_at_zero_give_exactly_the_base_model_and_its_gradient_in_training(arch, granularity):
     base, model = make_pair(arch, granularity)
     base.train(), model.train()
@@ -101,8 +100,7 @@ def test_routers_at_zero_give_exactly_the_base_model_and_its_gradient_in_trainin
         torch.testing.assert_close(gradients[name].grad, parameter.grad, atol=1e-6, rtol=1e-4)
 
 
-@every_architecture
-@every_granularity
+@every_pair
 def test_route_false_gives_exactly_the_base_model_whatever_the_routers(arch, granularity):
     base, model = make_pair(arch, granularity)
     randomize_routers(model)
@@ -123,8 +121,7 @@ def test_route_false_caches_as_the_base_model_does(granularity):
     assert model.generate(input_ids, max_new_tokens=4, do_sample=False, route=False).equal(expected)
 
 
-@every_architecture
-@every_granularity
+@every_pair
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, (0.4, 0.5, 0.6)])
 def test_the_forward_equals_an_independent_reference(arch, granularity, threshold):
     base, model = make_pair(arch, granularity, threshold=threshold)

@@ -9,6 +9,7 @@ from model_zoo import (
     LAYERS,
     NUM_LAYERS,
     SEQUENCE_GRANULARITIES,
+    all_pairs,
     make_pair,
     pad,
     random_tokens,
@@ -26,6 +27,7 @@ LOGITS_BOUND = 2e-5
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+every_pair = pytest.mark.parametrize(("arch", "granularity"), all_pairs())
 every_row_granularity = pytest.mark.parametrize("granularity", SEQUENCE_GRANULARITIES)
 
 
@@ -65,8 +67,7 @@ def gated_branches(granularity: str) -> tuple[str, ...]:
     return {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp")}[granularity.split("_")[0]]
 
 
-@every_architecture
-@every_granularity
+@every_pair
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_sparse_equals_dense(arch, granularity, attention):
     _, model = make_pair(arch, granularity, attention=attention)

@@ -22,12 +22,19 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from transformers import AutoConfig, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from utils.io.errors import UserError
 from utils.io.files import atomic_file, link_or_copy, write_json
 
-from .configuration_mod import MoDSettings, routed_layers
+from .configuration_mod import EXPERT_GRANULARITY, MoDSettings, routed_layers
 from .modeling_mod import MoDLlamaForCausalLM, MoDMistralForCausalLM, MoDQwen2ForCausalLM, MoDQwen3ForCausalLM
+from .modeling_moe_mod import (
+    MoDDeepseekV2ForCausalLM,
+    MoDMixtralForCausalLM,
+    MoDOlmoeForCausalLM,
+    MoDQwen2MoeForCausalLM,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,10 @@ ARCHITECTURES = {
     "mistral": MoDMistralForCausalLM,
     "qwen2": MoDQwen2ForCausalLM,
     "qwen3": MoDQwen3ForCausalLM,
+    "olmoe": MoDOlmoeForCausalLM,
+    "qwen2_moe": MoDQwen2MoeForCausalLM,
+    "mixtral": MoDMixtralForCausalLM,
+    "deepseek_v2": MoDDeepseekV2ForCausalLM,
 }
 """Base model type -> routed model class."""
 
@@ -119,7 +130,10 @@ def make_settings(
             "target_capacity": target_capacity,
             "base_model": base_model,
         }
-        return replace(settings, **{name: value for name, value in given.items() if value is not None})
+        settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+        if settings.granularity == EXPERT_GRANULARITY:
+            _config_object(config, settings)  # knows which layers have experts
+        return settings
     except UserError:
         raise
     except ValueError as error:
@@ -163,8 +177,9 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
     """
     directory = Path(directory)
     model = _meta_model(config, make_settings(config))
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if not ROUTER_NAME.match(name)}
     found = {n: f for n, f in weight_map(directory).items() if not ROUTER_NAME.match(n) and not IGNORED_NAME.search(n)}
+    weights = _named_as_in(found, model, model.state_dict())
+    expected = {name: tuple(t.shape) for name, t in weights.items() if not ROUTER_NAME.match(name)}
     tied = set(model.all_tied_weights_keys)
     _refuse(directory, "lacks the weight", sorted(set(expected) - set(found) - tied))
     _refuse(directory, "has the unknown weight", sorted(set(found) - set(expected)))
@@ -236,7 +251,8 @@ def build_mod_checkpoint(
         raise UserError(f"{base_dir}: already a MoD checkpoint; name its dense base instead")
     load_tokenizer(base_dir)  # it comes from the base: better refused now than at the first training
     size = config["hidden_size"]
-    routers = {router_name(layer): torch.zeros(1, size) for layer in settings.layers}
+    rows = _config_object(config, settings).num_experts if settings.granularity == EXPERT_GRANULARITY else 1
+    routers = {router_name(layer): torch.zeros(rows, size) for layer in settings.layers}
     return write_checkpoint(output_dir, base_dir, settings, routers, copy_base=copy_base)
 
 
@@ -252,7 +268,7 @@ def write_checkpoint(
 
     Args:
         source_dir: a dense or MoD checkpoint that the base's weights, config and tokenizer are taken from.
-        routers: contract name -> float32 [1, hidden_size].
+        routers: contract name -> float32 [1, hidden_size], or for experts [num_experts, hidden_size].
         trained_base: all other weights, where they were trained too; written instead of linked.
 
     Returns:
@@ -273,7 +289,12 @@ def write_checkpoint(
         if trained_base is None:
             mapping, how = _link_base(source_dir, staged, base_files, copy_base)
         else:
-            weights = {name: tensor for name, tensor in trained_base.items() if name in base_files}
+            model = _meta_model(source_config, make_settings(source_config))
+            weights = _named_as_in(base_files, model, trained_base)
+            # an expert's matrix is a part of its layer's, which safetensors refuses to write as it is
+            weights = {
+                name: t if name in trained_base else t.clone() for name, t in weights.items() if name in base_files
+            }
             mapping, how = _save_base(staged, _in_dtype_of(source_dir, base_files, weights)), "trained weights"
         save_routers(staged / ROUTERS_FILE, routers, settings)
         for path in _companions(source_dir):
@@ -298,7 +319,7 @@ def mod_config(source_config: dict[str, Any], settings: MoDSettings) -> dict[str
         "model_type": model_class.config_class.model_type,
         "auto_map": {
             "AutoConfig": f"configuration_mod.{model_class.config_class.__name__}",
-            "AutoModelForCausalLM": f"modeling_mod.{model_class.__name__}",
+            "AutoModelForCausalLM": f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}",
         },
         "mod": settings.to_dict(),
     }
@@ -376,6 +397,19 @@ def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Modul
             return model_class_for(config)(config_object)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"config.json: no model can be made of it: {' '.join(str(error).split())}") from None
+
+
+def _named_as_in(
+    files: dict[str, str], model: torch.nn.Module, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return a model's weights under the names that its files have.
+
+    Published mixtures of experts hold each expert's matrices by themselves, transformers 5 holds those of a layer as
+    one; either is read.
+    """
+    on_disk = revert_weight_conversion(model, weights)
+    merged = set(weights) - set(on_disk)
+    return weights if merged & set(files) else on_disk
 
 
 def _open_safetensors(path: Path):

@@ -8,12 +8,26 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    DeepseekV2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 
 TARGETS = ("attn", "mlp", "block")
 LEVELS = ("sequence", "token")
 GRANULARITIES = tuple(f"{target}_{level}" for target in TARGETS for level in LEVELS)
-"""What a router gates, and for what unit it decides (Table 2)."""
+"""What a router gates, and for what unit it decides (Table 2), in any decoder."""
+
+EXPERT_GRANULARITY = "expert_token"
+"""Gates the assignments of tokens to experts, in mixture-of-experts models (Section 3.3)."""
+
+ALL_GRANULARITIES = (*GRANULARITIES, EXPERT_GRANULARITY)
 
 EXECUTIONS = ("dense", "sparse")
 """`dense` computes everything and multiplies by the mask; `sparse` leaves out what the mask drops."""
@@ -25,6 +39,10 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_number(value: Any) -> bool:
@@ -52,34 +70,35 @@ class MoDSettings:
     """Say what is routed, and how; the object `mod` in `config.json`.
 
     Args:
-        granularity: one of `GRANULARITIES`.
+        granularity: one of `ALL_GRANULARITIES`.
         layers: indices of the routed layers, ascending.
         threshold: an input is kept where `sigmoid(router_logit) >= threshold` (Eq. 2); one number for all layers, or
-            one for each routed layer, in the order of `layers`.
+            one for each routed layer, in the order of `layers`. Where experts are routed a layer's may be a list with
+            one for each expert.
         target_capacity: share of inputs in [0, 1] that the routers were trained to execute; None where not trained.
         base_model: name of the dense model that the checkpoint was made from; for the reader only.
     """
 
     granularity: str
     layers: tuple[int, ...]
-    threshold: float | tuple[float, ...] = 0.5
+    threshold: float | tuple[float | tuple[float, ...], ...] = 0.5
     target_capacity: float | None = None
     base_model: str | None = None
 
     def __post_init__(self):
-        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("granularity", self.granularity, ALL_GRANULARITIES)
         layers = tuple(self.layers) if isinstance(self.layers, list | tuple) else ()
         if not layers or any(type(i) is not int or i < 0 for i in layers) or list(layers) != sorted(set(layers)):
             raise ValueError(f"mod.layers {self.layers} must be one or more ascending layer indices")
         object.__setattr__(self, "layers", layers)
-        several = isinstance(self.threshold, list | tuple)
-        if several:
-            object.__setattr__(self, "threshold", tuple(self.threshold))
-            if len(self.threshold) != len(layers):
-                raise ValueError(f"mod.threshold has {len(self.threshold)} numbers for {len(layers)} routed layers")
-        for threshold in self.threshold if several else (self.threshold,):
-            if not _is_number(threshold) or not 0.0 < threshold < 1.0:
-                raise ValueError(f"mod.threshold {threshold!r} must be a number between 0 and 1")
+        object.__setattr__(self, "threshold", _as_tuples(self.threshold))
+        if isinstance(self.threshold, tuple) and len(self.threshold) != len(layers):
+            raise ValueError(f"mod.threshold has {len(self.threshold)} numbers for {len(layers)} routed layers")
+        for each in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            of_experts = isinstance(each, tuple) and self.granularity == EXPERT_GRANULARITY
+            for threshold in each if of_experts else (each,):
+                if not _is_number(threshold) or not 0.0 < threshold < 1.0:
+                    raise ValueError(f"mod.threshold {threshold!r} must be a number between 0 and 1")
         capacity = self.target_capacity
         if capacity is not None and (not _is_number(capacity) or not 0.0 <= capacity <= 1.0):
             raise ValueError(f"target_capacity {capacity!r} must be a number between 0 and 1, or be left out")
@@ -103,21 +122,28 @@ class MoDSettings:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-    def threshold_of(self, layer: int) -> float:
-        """Return the threshold of the routed layer with this index."""
+    def threshold_of(self, layer: int) -> float | tuple[float, ...]:
+        """Return the threshold of the routed layer with this index; of experts, it may be one for each."""
         if isinstance(self.threshold, tuple):
             return self.threshold[self.layers.index(layer)]
         return self.threshold
 
     @property
     def target(self) -> str:
-        """What is gated: `attn`, `mlp` or `block`."""
+        """What is gated: `attn`, `mlp`, `block` or `expert`."""
         return self.granularity.rsplit("_", 1)[0]
 
     @property
     def level(self) -> str:
         """What one decision is for: a whole `sequence` or a single `token`."""
         return self.granularity.rsplit("_", 1)[1]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write ascending numbers as `1 to 4, 7`."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True))
 
 
 class MoDConfigMixin:
@@ -127,8 +153,41 @@ class MoDConfigMixin:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.mod is not None and self.mod_settings.layers[-1] >= self.num_hidden_layers:
+        if self.mod is None:
+            return
+        settings = self.mod_settings
+        if settings.layers[-1] >= self.num_hidden_layers:
             raise ValueError(f"mod.layers {self.mod['layers']} do not fit a model of {self.num_hidden_layers} layers")
+        if settings.granularity == EXPERT_GRANULARITY:
+            self._check_experts(settings)
+
+    def _check_experts(self, settings: MoDSettings) -> None:
+        """Raise `ValueError` where a layer that is to have routers for its experts has no experts."""
+        experts, depth = set(self.expert_layers), self.num_hidden_layers
+        if not experts:
+            raise ValueError(
+                f"granularity {EXPERT_GRANULARITY} needs a mixture-of-experts model, and {self.model_type} is none; "
+                f"use one of {', '.join(GRANULARITIES)}"
+            )
+        without = [layer for layer in settings.layers if layer not in experts]
+        if without:
+            working = [n for n in range(1, depth + 1) if set(routed_layers(depth, n)) <= experts]
+            way_out = f"mod_n may be {_ranges(working)}" if working else "no mod_n avoids them: set mod.layers"
+            raise ValueError(
+                f"granularity {EXPERT_GRANULARITY}: layers {without} of {list(settings.layers)} have no experts; "
+                f"{way_out}"
+            )
+        for layer in settings.layers:
+            threshold = settings.threshold_of(layer)
+            if isinstance(threshold, tuple) and len(threshold) != self.num_experts:
+                raise ValueError(
+                    f"mod.threshold has {len(threshold)} numbers for the {self.num_experts} experts of layer {layer}"
+                )
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """Indices of the layers with experts."""
+        return []
 
     @property
     def mod_settings(self) -> MoDSettings:
@@ -162,3 +221,56 @@ class MoDQwen3Config(MoDConfigMixin, Qwen3Config):
 
     model_type = "mod_qwen3"
     mod: dict | None = None
+
+
+class MoDMoEConfigMixin(MoDConfigMixin):
+    """For architectures with experts; `num_experts` is their number in each layer that has them."""
+
+    keys_to_ignore_at_inference = [
+        *MoDConfigMixin.keys_to_ignore_at_inference,
+        *("router_experts", "router_logits", "aux_loss"),
+    ]
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """Indices of the layers with experts: all of them."""
+        return list(range(self.num_hidden_layers))
+
+
+class MoDOlmoeConfig(MoDMoEConfigMixin, OlmoeConfig):
+    """OLMoE with routers."""
+
+    model_type = "mod_olmoe"
+    mod: dict | None = None
+
+
+class MoDQwen2MoeConfig(MoDMoEConfigMixin, Qwen2MoeConfig):
+    """Qwen1.5-MoE and Qwen2-MoE with routers."""
+
+    model_type = "mod_qwen2_moe"
+    mod: dict | None = None
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """Indices of the layers with experts, as `Qwen2MoeDecoderLayer` chooses them."""
+        step, plain = self.decoder_sparse_step, self.mlp_only_layers
+        return [i for i in range(self.num_hidden_layers) if i not in plain and self.num_experts and (i + 1) % step == 0]
+
+
+class MoDMixtralConfig(MoDMoEConfigMixin, MixtralConfig):
+    """Mixtral with routers."""
+
+    model_type = "mod_mixtral"
+    mod: dict | None = None
+
+
+class MoDDeepseekV2Config(MoDMoEConfigMixin, DeepseekV2Config):
+    """DeepSeek-V2 with routers."""
+
+    model_type = "mod_deepseek_v2"
+    mod: dict | None = None
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """Indices of the layers with experts: all after the first dense ones."""
+        return list(range(self.first_k_dense_replace, self.num_hidden_layers))

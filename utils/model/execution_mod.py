@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from .projections_mod import cache_no_rows
 from .routing_mod import Decision, Routing, decide
 from .token_attention_mod import attend_kept_tokens
 
@@ -80,7 +81,7 @@ def _sparse_sequences(
         return _whole_branch(layer, hidden_states, norm(hidden_states) if normed is None else normed, attention_kwargs)
     if len(rows) == 0:
         if target != "mlp" and cache is not None:
-            _cache_no_rows(layer.self_attn, hidden_states, cache)
+            cache_no_rows(layer.self_attn, hidden_states, cache)
         return _add_mlp(layer, hidden_states) if target == "attn" else hidden_states
 
     normed = norm(hidden_states[rows]) if normed is None else normed[rows]  # [kept, tokens, hidden_size]
@@ -111,7 +112,7 @@ def _sparse_tokens(
     flat = hidden_states.flatten(0, 1)  # [batch * tokens, hidden_size]
     if target == "mlp":
         if len(kept) > 0:
-            flat = _add_at(flat, kept, layer.mlp(normed.flatten(0, 1)[kept]))
+            flat = _add_at(flat, kept, _mlp(layer, normed.flatten(0, 1)[kept]))
         return flat.view_as(hidden_states)
     attention = attend_kept_tokens(layer.self_attn, normed, decision, attention_kwargs)  # [kept, hidden_size]
     if target == "attn":
@@ -142,11 +143,12 @@ def select_rows(attention_kwargs: dict[str, Any], rows: torch.Tensor, batch: int
             selected.mask_mod = _of_rows(tensor.mask_mod, rows)  # torch 2.13 drops it when it takes rows
         return selected
 
+    rotary = attention_kwargs["position_embeddings"]  # latent attention has one tensor, others a pair
     return {
         **attention_kwargs,
         "attention_mask": pick(mask),
         "position_ids": pick(attention_kwargs["position_ids"]),
-        "position_embeddings": tuple(pick(tensor) for tensor in attention_kwargs["position_embeddings"]),
+        "position_embeddings": tuple(map(pick, rotary)) if isinstance(rotary, tuple) else pick(rotary),
     }
 
 
@@ -189,7 +191,12 @@ def _attend(layer: torch.nn.Module, normed: torch.Tensor, attention_kwargs: dict
 
 
 def _add_mlp(layer: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+    return hidden_states + _mlp(layer, layer.post_attention_layernorm(hidden_states))
+
+
+def _mlp(layer: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:
+    """Run the MLP on [batch, tokens, hidden_size] or [tokens, hidden_size]; one with experts takes only the former."""
+    return layer.mlp(normed) if normed.dim() == 3 else layer.mlp(normed.unsqueeze(0)).squeeze(0)
 
 
 def _whole_branch(
@@ -204,11 +211,3 @@ def _whole_branch(
 def _add_at(hidden_states: torch.Tensor, index: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     # under autocast the branch has a lower precision than the residual stream
     return hidden_states.index_add(0, index, branch.to(hidden_states.dtype))
-
-
-def _cache_no_rows(attention: torch.nn.Module, hidden_states: torch.Tensor, cache: Any) -> None:
-    """Let the cache count the new tokens where no row executes them."""
-    nothing = hidden_states.new_empty(
-        0, attention.config.num_key_value_heads, hidden_states.shape[1], attention.head_dim
-    )
-    cache.update(nothing, nothing, attention.layer_idx)

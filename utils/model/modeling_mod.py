@@ -36,6 +36,7 @@ from .configuration_mod import (
     check_choice,
 )
 from .execution_mod import dense_forward, sparse_forward
+from .moe_mod import expert_forward
 from .routing_mod import MoDRouter, Routing
 
 
@@ -59,7 +60,9 @@ class MoDDecoderLayerMixin:
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         self.mod_settings = config.mod_settings
-        self.router = MoDRouter(config.hidden_size)
+        self.router = MoDRouter(
+            config.hidden_size, config.num_experts if self.mod_settings.target == "expert" else None
+        )
 
     def forward(
         self,
@@ -84,6 +87,8 @@ class MoDDecoderLayerMixin:
         if not routing.enabled:
             return super().forward(hidden_states, **attention_kwargs)
         run = sparse_forward if routing.sparse else dense_forward
+        if self.mod_settings.target == "expert":
+            run = expert_forward
         return run(self, hidden_states, routing, attention_kwargs)
 
 
@@ -229,6 +234,7 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
     """Over the causal language model: carries the routing through the forward and returns what was decided."""
 
     model_class: type
+    output_class: type = MoDCausalLMOutput
 
     def __init__(self, config):
         super().__init__(config)
@@ -294,12 +300,15 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
         )
         if not routing.enabled:
             return output
-        layers = self.mod_settings.layers
-        return MoDCausalLMOutput(
-            **output,
-            router_scores=torch.stack([routing.decisions[index].scores for index in layers]),
-            router_gates=torch.stack([routing.decisions[index].gates for index in layers]),
-        )
+        return self.output_class(**output, **self.decided(routing))
+
+    def decided(self, routing: Routing) -> dict[str, torch.Tensor]:
+        """Return the output's fields for what was decided in a forward, each [routed layers, ...]."""
+        decisions = [routing.decisions[index] for index in self.mod_settings.layers]
+        return {
+            "router_scores": torch.stack([decision.scores for decision in decisions]),
+            "router_gates": torch.stack([decision.gates for decision in decisions]),
+        }
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """Return `forward`'s keywords for one step of `generate`."""

@@ -18,12 +18,15 @@ class Decision:
     """What one layer's router decided.
 
     Args:
-        scores: `R(x)`, float32, [batch] (sequence level) or [batch, tokens] (token level).
+        scores: `R(x)`, float32, [batch] (sequence level), [batch, tokens] (token level) or, for the experts that each
+            token is assigned to, [batch, tokens, top_k].
         gates: `M`, same shape and dtype, exactly 0 or 1, with the straight-through gradient in training.
+        experts: int64 [batch, tokens, top_k], the experts that the scores are for; None where none are routed.
     """
 
     scores: torch.Tensor
     gates: torch.Tensor
+    experts: torch.Tensor | None = None
 
     @cached_property
     def kept_on_host(self) -> torch.Tensor:
@@ -72,10 +75,16 @@ class Routing:
 
 
 class MoDRouter(nn.Linear):
-    """Score an input: hidden size to one logit, no bias, float32 (Eq. 1). Starts at zero, which keeps everything."""
+    """Score an input: no bias, float32 (Eq. 1). Starts at zero, which keeps everything.
 
-    def __init__(self, hidden_size: int):
-        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+    Args:
+        hidden_size: of the inputs.
+        num_experts: with it one logit for each expert (Section 3.3), without it a single one.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int | None = None):
+        super().__init__(hidden_size, num_experts or 1, bias=False, dtype=torch.float32)
+        self.num_experts = num_experts
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -89,12 +98,13 @@ class MoDRouter(nn.Linear):
         return super()._apply(keep_float32, recurse)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the logits, float32 [...], for `hidden_states` [..., hidden_size] of any floating dtype."""
+        """Return the logits, float32 [...] or [..., num_experts], for `hidden_states` [..., hidden_size]."""
         device = hidden_states.device.type
         # entering the context costs more time than a decode step's product
         context = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with context:
-            return nn.functional.linear(hidden_states.float(), self.weight.float()).squeeze(-1)
+            logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        return logits if self.num_experts else logits.squeeze(-1)
 
 
 def mean_over_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
@@ -116,7 +126,7 @@ def mean_over_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | Non
     return total / weights.sum(dim=1, keepdim=True).clamp(min=1.0)
 
 
-def straight_through(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+def straight_through(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Return `M`: 1.0 where `scores >= threshold`, else 0.0, with the gradient of `scores` (Eq. 2 and 4)."""
     gates = (scores >= threshold).to(scores.dtype)
     return gates + (scores - scores.detach()) if scores.requires_grad else gates

@@ -4,8 +4,7 @@ This is what a token-level decision leaves of attention and block (Section 3.1):
 but it asks nothing. Projections run on exactly the kept tokens. The kernels then see either the kept queries alone,
 gathered with their rows of the mask (eager and SDPA over several tokens), or all of them with zeros where a token was
 dropped, which needs no other mask and no copy of the cached keys and values (one new token, FlashAttention, flex).
-The projections follow `LlamaAttention.forward` of transformers 5.23, which Mistral and Qwen2 share and Qwen3 extends
-by two norms. This file travels inside every checkpoint.
+This file travels inside every checkpoint.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .projections_mod import keys_and_values, queries_of
 from .routing_mod import Decision
 
 QUERY_BLOCK = 128
@@ -41,21 +41,15 @@ def attend_kept_tokens(
     kept = decision.kept
     kwargs = dict(attention_kwargs)
     mask, cache = kwargs.pop("attention_mask"), kwargs.pop("past_key_values")
-    cos, sin = kwargs.pop("position_embeddings")  # [1 or batch, tokens, head_dim]
+    position_embeddings = kwargs.pop("position_embeddings")
     if len(kept) == 0 and cache is None:
         return None
-    keys, values = _keys_and_values(attention, normed, cos, sin)
-    if cache is not None:
-        keys, values = cache.update(keys, values, attention.layer_idx)
+    keys, values = keys_and_values(attention, normed, position_embeddings, cache)
     if len(kept) == 0:
         return None
 
-    batch, tokens, hidden_size = normed.shape
-    queries = attention.q_proj(normed.reshape(-1, hidden_size)[kept]).view(len(kept), -1, attention.head_dim)
-    if hasattr(attention, "q_norm"):
-        queries = attention.q_norm(queries)
-    cos, sin = (_at_tokens(table, kept, tokens) for table in (cos, sin))
-    queries = queries * cos + rotate_half(queries) * sin  # [kept, heads, head_dim]
+    batch, tokens, _ = normed.shape
+    queries = queries_of(attention, normed, kept, position_embeddings)  # [kept, heads, head_dim]
 
     implementation = attention.config._attn_implementation
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -83,24 +77,6 @@ def attend_kept_tokens(
         padded = padded.view(batch, tokens, *queries.shape[1:])
         outputs = attend(padded, keys, values, mask, **kwargs).flatten(0, 1)[kept]
     return attention.o_proj(outputs)
-
-
-def _keys_and_values(
-    attention: nn.Module, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Project all tokens; returns two tensors [batch, key-value heads, tokens, head_dim]."""
-    shape = (*normed.shape[:2], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(shape)
-    if hasattr(attention, "k_norm"):
-        keys = attention.k_norm(keys)
-    keys, values = keys.transpose(1, 2), attention.v_proj(normed).view(shape).transpose(1, 2)
-    return keys * cos.unsqueeze(1) + rotate_half(keys) * sin.unsqueeze(1), values
-
-
-def _at_tokens(table: torch.Tensor, kept: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Pick a rotary table's rows, [1 or batch, tokens, head_dim], for flat token indices: [kept, 1, head_dim]."""
-    index = kept if table.shape[0] > 1 else kept % tokens
-    return table.flatten(0, 1)[index].unsqueeze(1)
 
 
 @dataclass
@@ -228,4 +204,4 @@ def grouped_attention(
     output = nn.functional.scaled_dot_product_attention(
         packed, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return output.view(batch, heads, width, head_dim).transpose(1, 2).reshape(batch, width, -1)
+    return output.view(batch, heads, width, -1).transpose(1, 2).reshape(batch, width, -1)

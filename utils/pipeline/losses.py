@@ -14,7 +14,8 @@ def executed_inputs(gates: torch.Tensor, attention_mask: torch.Tensor | None) ->
     """Count what each sequence executes in each layer.
 
     Args:
-        gates: float32 [layers, batch] (one decision for a sequence) or [layers, batch, tokens].
+        gates: float32 [layers, batch] (one decision for a sequence), [layers, batch, tokens] or, for a token's
+            assignments to experts, [layers, batch, tokens, top_k]; each assignment is an input.
         attention_mask: [batch, tokens], 1 for real tokens, or None; padding is no input.
 
     Returns:
@@ -22,10 +23,13 @@ def executed_inputs(gates: torch.Tensor, attention_mask: torch.Tensor | None) ->
     """
     if gates.dim() == 2:
         return gates, torch.ones_like(gates[0])
+    each = 1.0
+    if gates.dim() == 4:
+        each, gates = float(gates.shape[-1]), gates.sum(dim=-1)
     if attention_mask is None:
-        return gates.sum(dim=-1), torch.full_like(gates[0, :, 0], gates.shape[-1])
+        return gates.sum(dim=-1), torch.full_like(gates[0, :, 0], each * gates.shape[-1])
     mask = attention_mask.to(gates.dtype)
-    return (gates * mask).sum(dim=-1), mask.sum(dim=-1)
+    return (gates * mask).sum(dim=-1), each * mask.sum(dim=-1)
 
 
 def capacity_hinge(executed: torch.Tensor, inputs: torch.Tensor, target_capacity: float) -> torch.Tensor:

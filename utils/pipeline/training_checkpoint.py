@@ -22,7 +22,7 @@ class TrainingCheckpoints:
     """The part of a Trainer that writes and reads checkpoints; mixed in before `Trainer`."""
 
     def router_state(self) -> dict[str, torch.Tensor]:
-        """Return contract name -> float32 [1, hidden_size] on the CPU; every process must call it."""
+        """Return contract name -> float32 router weight on the CPU; every process must call it."""
         routers = {router_name(layer): router.weight for layer, router in self.model.router_modules().items()}
         if self.is_deepspeed_enabled and self.optimizer is not None:
             from deepspeed.utils import safe_get_full_fp32_param
