@@ -1,34 +1,98 @@
 #!/usr/bin/env python3
 """Run `accelerate launch`, and end with the training command's own error line and exit code.
 
-The launcher's tracebacks, which follow a worker's error, say nothing about it.
+The launcher's tracebacks, which follow a worker's error, say nothing about it. SIGTERM goes to the workers, which save
+and end in their own time; without this they would be killed after 30 seconds.
 """
 
 import logging
+import os
+import signal
 import sys
+from pathlib import Path
 from subprocess import CalledProcessError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def main() -> None:
+from utils.io.errors import UserError, run_command
+from utils.io.launched import LAUNCHER_VARIABLE
+
+ENGINES_OF_SEVERAL = ("MULTI_GPU", "MULTI_CPU", "FSDP")
+
+
+def main() -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     parser = launch_command_parser()
     parser.prog = "launch.py"
+    args = parser.parse_args()
+    if args.config_file is not None:
+        check_config(args)
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # torch's launcher leaves SIGTERM to us
+    signal.signal(signal.SIGTERM, tell_workers)
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     try:
-        launch_command(parser.parse_args())
+        launch_command(args)
     except KeyboardInterrupt:
         print("the same command with the same OUTPUT_DIR goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except CalledProcessError as error:
-        sys.exit(error.returncode)
+        return exit_code(error.returncode)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        sys.exit(max(1, failure.exitcode))
+        return exit_code(failure.exitcode)
     except ValueError as error:  # a config file or arguments that don't go together
-        sys.exit(f"error: {error}")
+        raise UserError(str(error)) from None
+    return 0
+
+
+def check_config(args) -> None:
+    """Compare the config file with the arguments, and hand what is asked for on to the workers, which check it.
+
+    Raises:
+        UserError: there is no such file, it can't be read, or it can't serve so many processes or on that port.
+    """
+    import yaml
+    from accelerate.utils.other import is_port_in_use
+
+    path = Path(args.config_file)
+    if not path.is_file():
+        raise UserError(f"config_file {path}: no such file; there are some in configs/accelerate")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        engine = str(config["distributed_type"])
+    except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
+        raise UserError(f"config_file {path}: not an accelerate config; there are some in configs/accelerate") from None
+    processes = int(args.num_processes or config.get("num_processes") or 1)
+    machines = int(args.num_machines or config.get("num_machines") or 1)
+    if engine in ENGINES_OF_SEVERAL and processes < 2:
+        raise UserError(f"config_file {path}: {engine} is for two processes or more, and num_processes is {processes}")
+    if engine == "NO" and processes > 1:
+        raise UserError(f"config_file {path}: it is for one process, and num_processes is {processes}; try ddp.yaml")
+    if processes % machines:
+        raise UserError(f"num_processes {processes} (of all machines) does not divide over {machines} machines")
+    port, rank = args.main_process_port, int(args.machine_rank or config.get("machine_rank") or 0)
+    if port and rank == 0 and processes > 1 and is_port_in_use(port):
+        free = "another" if machines > 1 else "another, or 0 for any free one"
+        raise UserError(f"main_process_port {port} is in use; choose {free} (PORT of scripts/finetune_mod.sh)")
+    os.environ["ROUTER_TUNING_PROCESSES"] = str(processes)
+    os.environ["ROUTER_TUNING_ENGINE"] = engine
+
+
+def tell_workers(signal_number, frame) -> None:
+    """Pass a signal on to the processes that were started from here."""
+    import psutil
+
+    for worker in psutil.Process().children():
+        worker.send_signal(signal_number)
+
+
+def exit_code(code: int) -> int:
+    """Return a worker's exit code as a shell would: 128 + the signal's number where one killed it."""
+    return 128 - code if code < 0 else max(1, code)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

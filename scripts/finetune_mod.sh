@@ -65,7 +65,13 @@ count_gpus() {
   fi
 }
 gpus="$(count_gpus)"
+((NUM_MACHINES > 0)) || die "NUM_MACHINES=0: at least one machine is needed"
+((MACHINE_RANK < NUM_MACHINES)) || die "MACHINE_RANK=$MACHINE_RANK: the machines are numbered 0 to $((NUM_MACHINES - 1))"
 NUM_PROCESSES="${NUM_PROCESSES:-$(((gpus > 0 ? gpus : 1) * NUM_MACHINES))}"
+((NUM_PROCESSES >= NUM_MACHINES)) ||
+  die "NUM_PROCESSES=$NUM_PROCESSES: too few for NUM_MACHINES=$NUM_MACHINES, as it counts those of all machines"
+((gpus == 0 || NUM_PROCESSES <= gpus * NUM_MACHINES)) ||
+  die "NUM_PROCESSES=$NUM_PROCESSES: there are $gpus GPUs on each of $NUM_MACHINES machines, one process for each"
 arguments=()
 if ((gpus > 0)); then
   MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-2048}"
@@ -75,15 +81,19 @@ if ((gpus > 0)); then
 else # a small model and few rows: more and smaller steps
   MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
   GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-8}"
-  MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-4}"
+  if [[ -z "${MICRO_BATCH_SIZE:-}" ]]; then
+    for MICRO_BATCH_SIZE in 4 2 1; do
+      if ((GLOBAL_BATCH_SIZE % (NUM_PROCESSES * MICRO_BATCH_SIZE) == 0)); then break; fi
+    done
+  fi
   config=cpu
   arguments+=(--use_cpu true)
   unset ACCELERATE_USE_CPU
 fi
-((NUM_PROCESSES > 0)) || die "NUM_PROCESSES=0: at least one process is needed"
 if ((NUM_PROCESSES > 1)); then config=ddp; fi
+if ((NUM_MACHINES > 1)); then config=ddp_multinode; fi
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/configs/accelerate/$config.yaml}"
-[[ -f "$ACCELERATE_CONFIG" ]] || die "ACCELERATE_CONFIG $ACCELERATE_CONFIG: no such file; see configs/accelerate"
+[[ -f "$ACCELERATE_CONFIG" ]] || die "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file; see configs/accelerate"
 
 # Data
 if [[ -n "$TRAIN_FILE" ]]; then

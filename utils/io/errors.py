@@ -26,8 +26,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        # every process of a launch makes the same mistake: the first one says so
-        code = _fail(str(error)) if os.environ.get("RANK", "0") == "0" else 1
+        # every process of a launch makes the same mistake: the first one of each machine says so
+        code = _fail(str(error)) if os.environ.get("LOCAL_RANK", "0") == "0" else 1
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "utils":
             raise
