@@ -2,25 +2,33 @@
 """Router-tune a pretrained model: data, model, trainer, checkpoint, and a table of what came of it."""
 
 import logging
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.io.errors import UserError, run_command
+from utils.io.launched import die_with_launcher
 
 
-def main() -> None:
+def main() -> int | None:
+    die_with_launcher()
     from transformers import set_seed
 
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import load_tokenizer, make_settings, read_config
     from utils.pipeline.arguments import parse_arguments
-    from utils.pipeline.run_directory import checkpoint_to_resume, describe_run
+    from utils.pipeline.processes import TERMINATED, check_joined, check_started, on_main_process
+    from utils.pipeline.run_directory import agree_on_run, checkpoint_to_resume, claim_output_directory
 
+    check_started()
     model_args, data_args, training_args = parse_arguments()
     if training_args.n_gpu > 1:
         raise UserError("several GPUs in one process: start with `bash scripts/finetune_mod.sh` or accelerate launch")
+    check_joined(training_args)
     main_process = training_args.process_index == 0
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
 
@@ -31,17 +39,23 @@ def main() -> None:
         config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
     )
     training_args.choose_learning_rate(config["hidden_size"])
-    run = describe_run(model_args, data_args, training_args)
-    checkpoint = checkpoint_to_resume(training_args, run)
+    run = agree_on_run(model_args, data_args, training_args, model_dir)
+    checkpoint = on_main_process(training_args, lambda: checkpoint_to_resume(training_args, run))
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_dir)
     train_set, eval_set = prepare_data(data_args, training_args, tokenizer)
     model = prepare_model(model_args, training_args, model_dir, settings)
     trainer = make_trainer(model, training_args, tokenizer, train_set, eval_set, run)
+    claim_output_directory(training_args, run)
     if checkpoint:
         logging.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.termination.happened:
+        logging.info(
+            "stopped by SIGTERM after step %d, which is saved: the same command goes on", trainer.state.global_step
+        )
+        return TERMINATED
     trainer.save_state()
 
     results = measure(trainer, eval_set)
@@ -49,7 +63,34 @@ def main() -> None:
 
 
 def prepare_data(data_args, training_args, tokenizer):
-    """Return the tokenized training and held-out rows."""
+    """Return the tokenized training and held-out rows: the first process of a machine makes them, the others read."""
+    from datasets import load_from_disk
+
+    from utils.io.files import atomic_directory
+    from utils.pipeline.processes import from_every_process, on_each_machine
+
+    if training_args.world_size == 1:
+        return tokenize_rows(data_args, training_args, tokenizer)
+    folder = Path(tempfile.gettempdir()) / f"tokenized-for-{os.getppid()}"  # of the launcher: one for each machine
+
+    def write() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_directory(folder) as unfinished:
+            for number, rows in enumerate(tokenize_rows(data_args, training_args, tokenizer)):
+                rows.save_to_disk(unfinished / str(number))
+
+    try:
+        on_each_machine(training_args, write)
+        tokenized = [load_from_disk(str(folder / str(number))) for number in range(2)]
+        from_every_process(training_args, "read")
+    finally:
+        if training_args.local_process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    return tokenized
+
+
+def tokenize_rows(data_args, training_args, tokenizer):
+    """Return the tokenized training and held-out rows of the files."""
     from utils.data.messages import load_messages
     from utils.data.splitting import split_held_out
     from utils.data.tokenization import tokenize_dataset
@@ -84,6 +125,7 @@ def prepare_data(data_args, training_args, tokenizer):
 def prepare_model(model_args, training_args, model_dir, settings):
     """Return the routed model, frozen but for its routers unless its backbone trains too."""
     import torch
+    from transformers.trainer_pt_utils import get_model_param_count
 
     from utils.model.checkpoint import load_mod_model, load_routers
     from utils.pipeline.customized_trainer import freeze_backbone
@@ -99,7 +141,7 @@ def prepare_model(model_args, training_args, model_dir, settings):
         load_routers(model, model_args.router_dir)
     if training_args.router_only:
         freeze_backbone(model)
-    total, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
     logging.info("%s: routing %s in layers %s", model_dir, settings.granularity, list(settings.layers))
     logging.info("%d of %d parameters train (%.4f%%)", trained, total, 100 * trained / total)
     return model
@@ -111,7 +153,7 @@ def make_trainer(model, training_args, tokenizer, train_set, eval_set, run):
 
     from utils.data.collation import SupervisedCollator
     from utils.data.sampling import LengthGroupedSampler
-    from utils.pipeline.callbacks import ClaimOutputDirectory, RouterProgressCallback
+    from utils.pipeline.callbacks import RouterProgressCallback
     from utils.pipeline.customized_trainer import RouterTrainer
 
     sampler = None
@@ -129,7 +171,7 @@ def make_trainer(model, training_args, tokenizer, train_set, eval_set, run):
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(RouterProgressCallback)
-    trainer.add_callback(ClaimOutputDirectory(run))
+    trainer.run_identity = run["identity"]
     return trainer
 
 
@@ -144,7 +186,9 @@ def measure(trainer, eval_set):
     if trainer.is_world_process_zero():
         longest = sorted(eval_set, key=lambda row: row["length"])[-4:]
         batch = trainer.data_collator(longest)
-        results["forward_tokens_per_second"] = forward_speed(trainer.model, [batch])
+        # weights in parts on all processes can't be used by one of them
+        in_parts = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+        results["forward_tokens_per_second"] = None if in_parts else forward_speed(trainer.model, [batch])
         results["held_out"] |= {"rows": len(eval_set)}
     return results
 

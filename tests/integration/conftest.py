@@ -40,3 +40,25 @@ def workplace(tmp_path_factory, repository, smollm2_dir):
         cwd=root,
     )
     return root
+
+
+@pytest.fixture(scope="session")
+def finetune(workplace, repository):
+    def start(output_dir, *arguments, check=True, launcher=(sys.executable,), **environment):
+        command = [
+            *launcher,
+            *(repository / "entrypoints/finetune/finetune_mod.py", "--model_name_or_path", workplace / "ckpt/tiny-mod"),
+            *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
+            *("--max_train_samples", 21, "--max_eval_samples", 7, "--max_seq_length", 160),
+            *("--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
+            *arguments,
+        ]
+        return run(*command, cwd=repository, check=check, **environment)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def trained(workplace, finetune):
+    """A finished run of three steps, the last of them on fewer rows: its directory and what it printed."""
+    return workplace / "out", finetune(workplace / "out")

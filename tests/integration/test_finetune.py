@@ -26,28 +26,6 @@ with torch.no_grad():
 """
 
 
-@pytest.fixture(scope="module")
-def finetune(workplace, repository):
-    def start(output_dir, *arguments, check=True, launcher=(sys.executable,), **environment):
-        command = [
-            *launcher,
-            *(repository / "entrypoints/finetune/finetune_mod.py", "--model_name_or_path", workplace / "ckpt/tiny-mod"),
-            *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
-            *("--max_train_samples", 32, "--max_eval_samples", 7, "--max_seq_length", 160, "--max_steps", 3),
-            *("--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
-            *arguments,
-        ]
-        return run(*command, cwd=repository, check=check, **environment)
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def trained(workplace, finetune):
-    """A finished run: its directory and what it printed."""
-    return workplace / "out", finetune(workplace / "out")
-
-
 class TestARun:
     def test_prints_the_table_and_the_output_directory_last(self, trained):
         directory, result = trained
@@ -152,33 +130,6 @@ class TestARun:
         assert model.config.mod["layers"] == [3, 4]
         base = load_file(workplace / "base/model.safetensors")["model.norm.weight"]
         assert not torch.equal(model.model.norm.weight, base)
-
-
-def logged_losses(directory):
-    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed and gloo launches are tested on Linux")
-@pytest.mark.parametrize("way", ["row_by_row", "ddp", "deepspeed_zero1"])
-def test_the_same_routers_and_results_however_the_batch_is_cut(workplace, repository, finetune, trained, way):
-    """Seven held-out rows divide neither into batches nor over processes."""
-    if way == "row_by_row":
-        launch = {}
-        arguments = ["--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 1]
-    else:
-        config = repository / f"configs/accelerate/{way}.yaml"
-        launcher = [sys.executable, repository / "entrypoints/launch.py", "--config_file", config]
-        launch = {"launcher": [*launcher, "--num_processes", 2, "--main_process_port", 0], "DS_ACCELERATOR": "cpu"}
-        arguments = ["--per_device_eval_batch_size", 2]
-    finetune(workplace / way, *arguments, **launch)
-    one, other = load_file(trained[0] / ROUTERS), load_file(workplace / way / ROUTERS)
-    for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)  # Adam divides by small gradients
-    assert logged_losses(trained[0]) == pytest.approx(logged_losses(workplace / way), rel=1e-5)
-    results = [json.loads((path / "results.json").read_text())["held_out"] for path in (trained[0], workplace / way)]
-    for kind, name in (("dense", "dense_loss"), ("routed", "eval_loss"), ("routed", "eval_capacity")):
-        assert results[0][kind][name] == pytest.approx(results[1][kind][name], rel=1e-4)
 
 
 def test_a_run_that_was_killed_goes_on_when_the_command_is_given_again(workplace, finetune, trained):

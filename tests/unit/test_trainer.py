@@ -1,16 +1,21 @@
 """The trainer on tiny random models: what trains, what the logged numbers mean, and that batching changes nothing."""
 
+import os
+import resource
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
 
 from utils.io.errors import UserError
 from utils.model.checkpoint import load_mod_model, make_settings, read_config
 from utils.pipeline.arguments import RouterTrainingArguments, accumulation_steps
 from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
 from utils.pipeline.losses import capacity_hinge, executed_inputs
-from utils.pipeline.training_checkpoint import last_complete_checkpoint
+from utils.pipeline.training_checkpoint import MANIFEST_FILE, last_whole_checkpoint
 
 VOCABULARY = 96
 LAYERS = [2, 3, 4]
@@ -92,6 +97,26 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= self.step
+
+
+class FullDisk(TrainerCallback):
+    """Lets no file grow much beyond what the first checkpoint has: the growing trainer_state.json can't be written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        files = Path(args.output_dir, f"checkpoint-{state.global_step}").iterdir()
+        largest = max(path.stat().st_size for path in files)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 1000, resource.RLIM_INFINITY))
+
+
+class TerminateAt(TrainerCallback):
+    """Sends this process SIGTERM in the middle of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def logged(trainer, key="loss"):
@@ -182,17 +207,22 @@ def test_dense_evaluation_is_the_base_models(base_dir, tmp_path):
     assert trainer.evaluate()["eval_loss"] != pytest.approx(expected, rel=1e-4)
 
 
-def test_a_run_that_was_cut_short_goes_on_to_the_same_routers(base_dir, tmp_path):
-    whole = make_trainer(base_dir, tmp_path / "whole", max_steps=6, train_sampling_strategy="random")
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_a_run_that_was_cut_short_goes_on_to_the_same_routers(base_dir, tmp_path, order):
+    """In the second epoch, whose last step has fewer rows."""
+    rows = make_rows(21)
+    arguments = {"max_steps": -1, "num_train_epochs": 2, "train_sampling_strategy": order, "rows": rows}
+    whole = make_trainer(base_dir, tmp_path / "whole", **arguments)
     whole.train()
+    assert whole.state.global_step == 6
 
-    save = {"max_steps": 6, "train_sampling_strategy": "random", "save_strategy": "steps", "save_steps": 3}
-    first = make_trainer(base_dir, tmp_path / "cut", **save)
-    first.add_callback(StopAt(3))
+    save = {"save_strategy": "steps", "save_steps": 4}
+    first = make_trainer(base_dir, tmp_path / "cut", **arguments, **save)
+    first.add_callback(StopAt(4))
     first.train()
-    checkpoint = last_complete_checkpoint(tmp_path / "cut")
-    assert checkpoint.endswith("checkpoint-3")
-    second = make_trainer(base_dir, tmp_path / "cut", routers_seed=99, **save)
+    checkpoint = last_whole_checkpoint(tmp_path / "cut")
+    assert checkpoint.endswith("checkpoint-4")
+    second = make_trainer(base_dir, tmp_path / "cut", routers_seed=99, **arguments, **save)
     second.train(resume_from_checkpoint=checkpoint)
     for name, router in whole.router_state().items():
         assert torch.equal(router, second.router_state()[name])
@@ -202,19 +232,84 @@ def test_a_checkpoint_holds_routers_and_optimizer_state_only(base_dir, tmp_path)
     trainer = make_trainer(base_dir, tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     files = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-2").iterdir()}
-    assert {"routers.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "COMPLETE"} <= set(files)
-    assert not {"model.safetensors", "pytorch_model.bin"} & set(files)
-    state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
-    assert sum(entry["exp_avg"].numel() for entry in state.values()) == 32 * len(LAYERS)
+    assert {"routers.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST_FILE} <= set(files)
+    assert sum(files.values()) < 50_000
+    state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert set(state) == {f"model.layers.{layer}.router.weight" for layer in LAYERS}
+    assert all(entry["exp_avg"].shape == (1, 32) for entry in state.values())
 
 
-def test_a_checkpoint_without_its_end_mark_is_not_resumed_from(tmp_path):
-    for step, complete in ((3, True), (20, True), (100, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if complete:
-            (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
-    assert last_complete_checkpoint(tmp_path).endswith("checkpoint-20")
-    assert last_complete_checkpoint(tmp_path / "checkpoint-3") is None
+@pytest.fixture
+def checkpoints(base_dir, tmp_path):
+    """A directory with checkpoints of steps 2, 4 and 6."""
+    make_trainer(base_dir, tmp_path, max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=3).train()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["routers.safetensors", "optimizer.pt", "trainer_state.json", MANIFEST_FILE])
+@pytest.mark.parametrize("harm", ["missing", "cut short", "changed"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(checkpoints, caplog, name, harm):
+    assert last_whole_checkpoint(checkpoints).endswith("checkpoint-6")
+    path = checkpoints / "checkpoint-6" / name
+    content = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if harm == "cut short" else b"\0" + content[1:])
+    assert last_whole_checkpoint(checkpoints).endswith("checkpoint-4")
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "checkpoint-6 is damaged" in warning
+    assert name in warning
+
+
+def test_with_no_whole_checkpoint_a_run_starts_anew_and_says_so(checkpoints, caplog):
+    for path in checkpoints.glob(f"checkpoint-*/{MANIFEST_FILE}"):
+        path.unlink()
+    assert last_whole_checkpoint(checkpoints) is None
+    assert "starting from the beginning" in caplog.records[-1].getMessage()
+
+
+def test_the_last_checkpoints_are_kept_and_nothing_unfinished(base_dir, tmp_path):
+    trainer = make_trainer(base_dir, tmp_path, max_steps=12, save_strategy="steps", save_steps=1, save_total_limit=3)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-11", "checkpoint-12"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones_and_one_line(base_dir, tmp_path):
+    """`RLIMIT_FSIZE` stands for a disk that fills up in the middle of a file."""
+    trainer = make_trainer(base_dir, tmp_path, max_steps=80, save_strategy="steps", save_steps=40)
+    trainer.remove_callback(PrinterCallback)  # what pytest captures is a file as well
+    trainer.add_callback(FullDisk())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match=r"checkpoint-80 could not be written: File too large; .* goes on from"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-40"]
+    assert last_whole_checkpoint(tmp_path).endswith("checkpoint-40")
+
+
+def test_a_checkpoint_of_the_last_step_leaves_nothing_to_train(base_dir, tmp_path):
+    arguments = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "global_batch_size": 4}
+    whole = make_trainer(base_dir, tmp_path, per_device_train_batch_size=4, **arguments)  # 4 steps make an epoch
+    whole.train()
+    again = make_trainer(base_dir, tmp_path, per_device_train_batch_size=4, **arguments)
+    again.train(resume_from_checkpoint=last_whole_checkpoint(tmp_path))
+    assert again.state.global_step == 3
+    for name, router in whole.router_state().items():
+        assert torch.equal(router, again.router_state()[name])
+
+
+def test_sigterm_saves_the_step_and_ends_training(base_dir, tmp_path):
+    trainer = make_trainer(base_dir, tmp_path, max_steps=6)
+    trainer.add_callback(TerminateAt(2))
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.train()
+    assert trainer.termination.happened
+    assert trainer.state.global_step == 2
+    assert last_whole_checkpoint(tmp_path).endswith("checkpoint-2")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_router_only_false_trains_the_backbone_too(base_dir, tmp_path):
@@ -248,8 +343,10 @@ class TestAccumulation:
         assert accumulation_steps(size, device, processes) == steps
 
     def test_a_batch_that_does_not_divide_names_sizes_that_do(self):
-        with pytest.raises(UserError, match=r"global_batch_size 10 .* 3 processes of 2 sequences; 6 or 12 would"):
+        with pytest.raises(UserError, match=r"global_batch_size 10 .* 3 processes of 2 sequences .*; 6 or 12 would$"):
             accumulation_steps(10, 2, 3)
+        with pytest.raises(UserError, match=r"2 processes of 8 sequences .*; 16 would, or 4 sequences each$"):
+            accumulation_steps(8, 8, 2)
 
     def test_the_process_count_comes_from_the_launcher(self, tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "3")

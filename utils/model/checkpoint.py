@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,12 +223,22 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
     expected = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
     if set(routers) != set(expected):
         raise UserError(f"{file_path}: routers for layers {_layers(routers)}, but this run routes {_layers(expected)}")
-    for name, weight in expected.items():
-        if routers[name].shape != weight.shape:
-            got, want = list(routers[name].shape), list(weight.shape)
-            raise UserError(f"{file_path}: {name} has shape {got}, expected {want}: it is another model's")
-        with torch.no_grad():
+    with torch.no_grad(), whole_parameters(expected.values()):
+        for name, weight in expected.items():
+            if routers[name].shape != weight.shape:
+                got, want = list(routers[name].shape), list(weight.shape)
+                raise UserError(f"{file_path}: {name} has shape {got}, expected {want}: it is another model's")
             weight.copy_(routers[name])
+
+
+def whole_parameters(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    """Put parameters that DeepSpeed's ZeRO-3 has in parts together within this block; what is written there stays."""
+    parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parts:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parts, modifier_rank=0)
 
 
 def build_mod_checkpoint(

@@ -12,6 +12,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from utils.io.errors import UserError, suggest
 
+from .processes import deepspeed_was_asked_for, prepare_deepspeed, zero_stage
+
 
 @dataclass
 class ModelArguments:
@@ -129,7 +131,7 @@ class RouterTrainingArguments(TrainingArguments):
     save_steps: float = field(
         default=0.1, metadata={"help": "Save a checkpoint every so many optimizer steps, or below 1 this share of all."}
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Keep this many checkpoints, the last ones."})
     report_to: str | None = field(
         default="tensorboard",
         metadata={"help": "Where logs go besides the terminal: none, all, or an installed one."},
@@ -143,15 +145,15 @@ class RouterTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check()
-        deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        if deepspeed and self.bf16:
+        deepspeed = deepspeed_was_asked_for()
+        zero3 = zero_stage() == 3
+        on_gpu = not self.use_cpu and torch.cuda.is_available()
+        if deepspeed and self.bf16 and not zero3:
             raise UserError("bf16: DeepSpeed's would round the routers, which stay float32; leave --bf16 out")
-        if deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-            raise UserError(
-                "DeepSpeed ZeRO-3 is not supported yet; ZeRO-1 is (configs/accelerate/deepspeed_zero1.yaml)"
-            )
-        if not self.router_only and not deepspeed and not self.use_cpu and torch.cuda.is_available():
-            self.bf16 = True  # a trained backbone has float32 weights and is computed in bfloat16
+        if on_gpu and ((zero3 and self.router_only) or (not self.router_only and not deepspeed)):
+            # ZeRO-3 holds all weights in one dtype: the routers' float32 copy is in the optimizer, and is what is saved
+            # A trained backbone has float32 weights and is computed in bfloat16
+            self.bf16 = True
         # before super(), which hands the numbers on to DeepSpeed
         steps = accumulation_steps(
             self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
@@ -195,6 +197,12 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError("label_smoothing_factor is not supported: it would train on labels that are not shifted")
         if not self.average_tokens_across_devices:
             raise UserError("average_tokens_across_devices must be left on: the loss is the mean over all processes")
+        if self.load_best_model_at_end or self.metric_for_best_model or self.save_strategy == "best":
+            raise UserError("load_best_model_at_end and metric_for_best_model are not supported: the last routers stay")
+        if self.save_only_model:
+            raise UserError("save_only_model is not supported: no run could go on from such a checkpoint")
+        if self.save_on_each_node:
+            raise UserError("save_on_each_node is not supported: output_dir is one for all machines, on a shared disk")
         if self.push_to_hub:
             raise UserError("push_to_hub is not supported: upload the output directory with `hf upload`")
 
@@ -210,9 +218,11 @@ def accumulation_steps(global_batch_size: int, per_device_batch_size: int, proce
     if global_batch_size % together:
         lower, upper = global_batch_size // together * together, -(-global_batch_size // together) * together
         working = " or ".join(str(size) for size in (lower, upper) if size)
+        smaller = math.gcd(per_device_batch_size, global_batch_size // processes)
+        smaller = f", or {smaller} sequences each" if global_batch_size % processes == 0 else ""
         raise UserError(
             f"global_batch_size {global_batch_size} does not divide into {processes} processes of "
-            f"{per_device_batch_size} sequences; {working} would"
+            f"{per_device_batch_size} sequences (per_device_train_batch_size); {working} would{smaller}"
         )
     return global_batch_size // together
 
@@ -230,6 +240,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     Raises:
         UserError: an option is unknown (the message names the nearest) or missing, or a value is wrong.
     """
+    prepare_deepspeed()
     parser = _Parser(
         (ModelArguments, DataArguments, RouterTrainingArguments),
         prog="finetune_mod.py",

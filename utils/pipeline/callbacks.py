@@ -1,14 +1,8 @@
-"""What a run shows while it trains, and how it claims its output directory."""
+"""What a run shows while it trains."""
 
 import sys
-from pathlib import Path
-from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
-
-from utils.io.files import write_json
-
-from .run_directory import RUN_FILE
+from transformers import ProgressCallback
 
 SHOWN = ("loss", "task_loss", "mod_loss", "capacity", "grad_norm", "learning_rate")
 
@@ -24,14 +18,3 @@ class RouterProgressCallback(ProgressCallback):
         if shown:
             where = f"{'held-out' if prefix else 'step'} {state.global_step}/{state.max_steps}"
             self.training_bar.write(f"{where}: {', '.join(shown)}", file=sys.stderr)
-
-
-class ClaimOutputDirectory(TrainerCallback):
-    """Writes `run.json` when training starts, and not before: a run that was refused leaves nothing behind."""
-
-    def __init__(self, run: dict[str, Any]):
-        self.run = run
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / RUN_FILE, self.run)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from utils.io.errors import UserError
 
 from .losses import capacity_hinge, executed_inputs
 from .metrics import RoutingMeter
+from .processes import Termination
 from .training_checkpoint import TrainingCheckpoints
 
 
@@ -35,12 +37,17 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
     def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._train_sampler = train_sampler
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise UserError("DeepSpeed ZeRO-3 is not supported; ZeRO-1 is (configs/accelerate/deepspeed_zero1.yaml)")
+        if self.is_fsdp_enabled:
+            raise UserError("FSDP is not supported; DeepSpeed is (configs/accelerate)")
+        self.termination = Termination()
+        self.add_callback(self.termination)
         layers = self.model.config.mod_settings.layers
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
-        self._window_sequences = 0
+        self._window_sequences: float | torch.Tensor = 0.0
         self._route = True
+        # processes that skip different layers would gather different weights, and wait for each other for ever
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        self._eval_execution = "dense" if zero3 else None
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -55,9 +62,28 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         return self._train_sampler or super()._get_train_sampler(train_dataset)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window_sequences = sum(len(batch["input_ids"]) for batch in batches)
-        return batches, num_items
+        """Draw an accumulation window's batches, and count its supervised tokens over all processes.
+
+        So that all processes have as many batches, accelerate fills an epoch's last round with rows from the start:
+        their labels are taken away here, and they count for nothing.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        last = batches[-1]
+        # accelerate forgets the remainder when it skips to where a run left off (1.15)
+        remainder = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
+        real = self._real_rows(len(last["labels"]), remainder, last["labels"].device)
+        last["labels"] = last["labels"].masked_fill(~real[:, None], -100)
+        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
+        received = torch.tensor(int(self.termination.received))
+        counts = torch.stack([count.to(device) for count in (tokens, sequences, received)])
+        if self.args.world_size > 1:
+            tokens, sequences, received = self.accelerator.reduce(counts, reduction="sum").unbind()
+            self.termination.agree(received)
+        self._window_sequences = sequences / self.args.world_size
+        return batches, tokens.to(device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
@@ -67,6 +93,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         # undo the scaling by the window's tokens over all processes
         nll = loss.detach() * num_items_in_batch / self.accelerator.num_processes
         executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
+        real = (inputs["labels"] != -100).any(dim=1)  # as `get_batch_samples` leaves them
+        executed, sizes = executed * real, sizes * real
         hinge = capacity_hinge(executed, sizes, self.args.target_capacity)
         self._meters["train"].add(nll, tokens, hinge, executed, sizes)
         loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
@@ -74,10 +102,13 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def _evaluation_loss(self, model, inputs, return_outputs):
         """Return the mean over the batch's own tokens, and add its sums to the meter."""
-        real = self._real_rows(len(inputs["labels"]))
+        remainder = self.accelerator.gradient_state.remainder
+        real = self._real_rows(len(inputs["labels"]), remainder, inputs["labels"].device)
         labels = inputs["labels"].masked_fill(~real[:, None], -100)
         tokens = (labels[:, 1:] != -100).sum()
-        outputs = model(**(inputs | {"labels": labels}), route=self._route, use_cache=False)
+        outputs = model(
+            **(inputs | {"labels": labels}), route=self._route, execution=self._eval_execution, use_cache=False
+        )
         nll = torch.where(tokens > 0, outputs.loss * tokens, 0.0)
         if self._route:
             executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
@@ -88,16 +119,16 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             self._meters["eval"].add(nll, tokens)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def _real_rows(self, rows: int) -> torch.Tensor:
-        """Tell, bool [rows], which rows of this evaluation batch are not there for the second time.
+    def _real_rows(self, rows: int, remainder: int, device: torch.device) -> torch.Tensor:
+        """Tell, bool [rows], which rows of the batch that was drawn last are not there for the second time.
 
-        So that all processes have as many batches, accelerate fills the last round with rows from the start.
+        Args:
+            remainder: rows of the last round of batches, over all processes, that are there once; 0 where all are.
         """
-        state = self.accelerator.gradient_state
-        if not (state.end_of_dataloader and state.remainder > 0):
-            return torch.ones(rows, dtype=torch.bool, device=self.args.device)
+        if not (self.accelerator.gradient_state.end_of_dataloader and remainder > 0):
+            return torch.ones(rows, dtype=torch.bool, device=device)
         first = self.args.process_index * rows
-        return torch.arange(first, first + rows, device=self.args.device) < state.remainder
+        return torch.arange(first, first + rows, device=device) < remainder
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # `logs` is changed in place: `evaluate` returns the same dict

@@ -32,15 +32,15 @@ class RoutingMeter:
         Args:
             nll: float [], sum of the negative log-likelihood over the supervised tokens.
             tokens: [], number of supervised tokens.
-            hinge: float [batch], executed: float [layers, batch], inputs: float [batch]; all None where nothing is
-                routed.
+            hinge: float [batch], executed: float [layers, batch], inputs: float [batch], 0 for a row that doesn't
+                count; all None where nothing is routed.
         """
         with torch.no_grad():
             self._sums[0] += nll
             self._sums[1] += tokens
             if executed is not None:
                 self._sums[2] += hinge.sum()
-                self._sums[3] += len(hinge)
+                self._sums[3] += (inputs > 0).sum()
                 self._sums[4] += inputs.sum()
                 self._sums[5:] += executed.sum(dim=-1)
 

@@ -1,25 +1,97 @@
-"""What a run can go on from: training checkpoints that hold routers and optimizer state, not the frozen backbone."""
+"""What a run goes on from: `checkpoint-N` folders of kilobytes, with all but the frozen backbone.
 
+A checkpoint holds routers (and whatever else trains), optimizer, scheduler, random states, the Trainer's state, which
+has the position in the data, and a manifest. One process writes it into a folder of another name that is then renamed,
+so what is called `checkpoint-N` was whole when it was written; the manifest's hashes show whether it still is. It loads
+into any number of processes, with or without DeepSpeed.
+
+With a trained backbone under DeepSpeed the engine writes files of its own, a part from each process, which load into as
+many processes only.
+"""
+
+import hashlib
+import io
+import json
+import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from utils.io.errors import UserError
+from utils.io.files import atomic_file, write_json
 from utils.model.checkpoint import ROUTERS_FILE, load_routers, router_name, save_routers
 
-COMPLETE_FILE = "COMPLETE"
-"""Written last into a training checkpoint: one without it was cut short and is not resumed from."""
+from .optimizer_state import gather_optimizer_state, restore_optimizer_state
+from .processes import check_engine, from_every_process
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+"""What the checkpoint's files are, and of which run."""
+UNFINISHED = ".unfinished"
+"""Folder in the output directory where a checkpoint is while it is written, and an old one while it is removed."""
+OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULER_FILE = "scheduler.pt"
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """Return the newest training checkpoint in `output_dir` that was written to its end, or None."""
-    complete = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_FILE}")]
-    return str(max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if complete else None
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return the training checkpoints in `output_dir`, the oldest first."""
+    found = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rsplit("-", 1)[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the newest training checkpoint in `output_dir` that isn't damaged, or None; warns of those that are."""
+    there = checkpoints(output_dir)
+    for path in reversed(there):
+        problem = damage(path)
+        if problem is None:
+            return str(path)
+        logger.warning("%s is damaged (%s): looking for the one before", path, problem)
+    if there:
+        logger.warning("no checkpoint in %s is whole: starting from the beginning", output_dir)
+    return None
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """Return what is wrong with the files of a training checkpoint, or None where they are as they were written."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+        for name, expected in files.items():
+            if _sha256(Path(checkpoint, name)) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST_FILE} cannot be read"
+    return None
+
+
+def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
+    """Return `files` (name -> SHA-256), `run` (the run's identity) and `parts` (processes it loads into, or None)."""
+    return json.loads(Path(checkpoint, MANIFEST_FILE).read_text(encoding="utf-8"))
 
 
 class TrainingCheckpoints:
-    """The part of a Trainer that writes and reads checkpoints; mixed in before `Trainer`."""
+    """The part of a Trainer that writes and reads checkpoints; mixed in before `Trainer`.
+
+    Attributes:
+        run_identity: what the result follows from; written into every checkpoint.
+    """
+
+    run_identity: dict[str, Any] | None = None
+    _staging: Path | None = None
+    _gathered: dict[str, Any] | None = None
+
+    @property
+    def _in_one_piece(self) -> bool:
+        """Whether the main process writes everything: not where a large optimizer state is spread over processes."""
+        return not self.is_deepspeed_enabled or any(not p.requires_grad for p in self.model.parameters())
 
     def router_state(self) -> dict[str, torch.Tensor]:
         """Return contract name -> float32 router weight on the CPU; every process must call it."""
@@ -27,7 +99,7 @@ class TrainingCheckpoints:
         if self.is_deepspeed_enabled and self.optimizer is not None:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            # the optimizer's float32 copy: under bf16 the engine rounds the module's own
+            # the optimizer's float32 copy: under bf16 the engine rounds the module's own, under ZeRO-3 it's in parts
             full = {name: safe_get_full_fp32_param(weight) for name, weight in routers.items()}
             routers = {name: weight if full[name] is None else full[name] for name, weight in routers.items()}
         return {name: weight.detach().float().cpu().clone() for name, weight in routers.items()}
@@ -36,7 +108,7 @@ class TrainingCheckpoints:
         """Write the routers into a training checkpoint; with a trained backbone, all weights."""
         if not self.args.router_only:
             super().save_model(output_dir, _internal_call)
-        routers = self.router_state()
+        routers = self._gathered["routers"] if self._gathered else self.router_state()
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
@@ -48,32 +120,151 @@ class TrainingCheckpoints:
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _save_checkpoint(self, model, trial):
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        complete = Path(self._get_output_dir(trial=trial), name, COMPLETE_FILE)
-        if self.args.should_save:
-            complete.unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # every process has written its part
-        if self.args.should_save:
-            complete.touch()
+    def _get_output_dir(self, trial):
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
-    # Trainer keeps frozen weights out of DeepSpeed's files for PEFT models only (transformers 5.23); the next two
-    # hooks do the same for routers.
+    def _save_checkpoint(self, model, trial):
+        """Write a checkpoint; where it can't be written, every process ends with the same error.
+
+        Raises:
+            UserError: no space, no permission and the like; earlier checkpoints are as they were.
+        """
+        output_dir = Path(self._get_output_dir(trial))
+        final = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        in_one_piece, problem = self._in_one_piece, None
+        try:
+            self._gathered = self._gather() if in_one_piece else None
+            self._staging = output_dir / UNFINISHED
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.mkdir(parents=True)
+            if not in_one_piece:
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+            elif self.args.should_save:
+                super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._put_in_place(self._staging / final.name, final)
+        except (OSError, RuntimeError) as error:
+            problem = _writing_problem(error)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
+            self._staging = self._gathered = None
+        self._end_with(final, from_every_process(self.args, problem))
+
+    def _end_with(self, final: Path, problems: list[str | None]) -> None:
+        problem = next((problem for problem in problems if problem), None)
+        if problem:
+            last = checkpoints(final.parent)
+            way_out = f"; then the same command goes on from {last[-1].name}" if last else ""
+            raise UserError(f"{final} could not be written: {problem}; make room, or let it be written to{way_out}")
+
+    def _put_in_place(self, staged: Path, final: Path) -> None:
+        files = {p.relative_to(staged).as_posix(): _sha256(p) for p in sorted(staged.rglob("*")) if p.is_file()}
+        parts = None if self._in_one_piece else self.args.world_size
+        write_json(staged / MANIFEST_FILE, {"files": files, "run": self.run_identity, "parts": parts})
+        if final.exists():
+            shutil.rmtree(final)  # a damaged one
+        os.replace(staged, final)
+        if self.args.save_total_limit:
+            for old in checkpoints(final.parent)[: -self.args.save_total_limit]:
+                os.replace(old, staged.parent / old.name)  # never half there under its own name
+
+    def _gather(self) -> dict[str, Any]:
+        """Collect on the main process what the others hold of a checkpoint; every process must call it."""
+        self.store_flos()
+        name = content = problem = None
+        try:
+            with tempfile.TemporaryDirectory(prefix="random-state-") as folder:
+                super()._save_rng_state(folder)
+                (path,) = Path(folder).iterdir()
+                name, content = path.name, path.read_bytes()
+        except (OSError, RuntimeError) as error:
+            problem = _writing_problem(error)
+        random_states = from_every_process(self.args, (name, content, problem))
+        problem = next((problem for _, _, problem in random_states if problem), None)
+        if problem:
+            raise OSError(problem)
+        return {
+            "routers": self.router_state(),
+            "optimizer": gather_optimizer_state(self.model, self.optimizer, self.args.should_save),
+            "random_states": {name: content for name, content, _ in random_states},
+        }
+
+    def store_flos(self):
+        if self._gathered is None:  # else the main process is by itself, and this was done
+            super().store_flos()
+
+    def _save_rng_state(self, output_dir):
+        if self._gathered is None:
+            super()._save_rng_state(output_dir)
+            return
+        for name, content in self._gathered["random_states"].items():
+            with atomic_file(Path(output_dir, name), "wb") as file:
+                file.write(content)
+
     def _save_optimizer_and_scheduler(self, output_dir):
-        if not (self.is_deepspeed_enabled and self.args.router_only):
+        if self._gathered is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+        for name, value in (
+            (OPTIMIZER_FILE, self._gathered["optimizer"]),
+            (SCHEDULER_FILE, self.lr_scheduler.state_dict()),
+        ):
+            # by way of memory: torch hides what went wrong with a file
+            content = io.BytesIO()
+            torch.save(value, content)
+            with atomic_file(Path(output_dir, name), "wb") as file:
+                file.write(content.getbuffer())
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self._in_one_piece:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_FILE, SCHEDULER_FILE)
+        )
+        restore_optimizer_state(self.model, self.optimizer, state)
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        if not (self.is_deepspeed_enabled and self.args.router_only and resume_from_checkpoint):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        from transformers.integrations.deepspeed import deepspeed_load_checkpoint
-
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if self.is_deepspeed_enabled and self._in_one_piece and resume_from_checkpoint:
+            self._load_from_checkpoint(resume_from_checkpoint)  # before the engine takes its copy of the weights
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        else:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        check_engine(self.args, self.model_wrapped, self.is_deepspeed_enabled)
         return prepared
+
+    def _run_epoch(self, *, train_dataloader, epoch, **kwargs):
+        # a checkpoint of the last step leaves nothing to train; Trainer would make one step more (transformers 5.23)
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        # accelerate doesn't reach the sampler where it skips to where a run left off (1.15)
+        sampler = train_dataloader.batch_sampler
+        while hasattr(sampler, "batch_sampler"):
+            sampler = sampler.batch_sampler
+        if hasattr(sampler.sampler, "set_epoch"):
+            sampler.sampler.set_epoch(epoch)
+        super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
+
+
+def _writing_problem(error: OSError | RuntimeError) -> str:
+    """Return what kept a file from being written; raises the error again if it isn't of that kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch's way to say so
+        return "is the disk full?"
+    raise error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
