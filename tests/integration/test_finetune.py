@@ -168,7 +168,7 @@ class TestMistakes:
             (["--gradient_accumulation_steps", "4"], "is 64 here"),
             (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
             (["--report_to", "nonsense"], "tensorboard"),
-            (["--resume_from_checkpoint", "ckpt"], "not a checkpoint that was written to its end"),
+            (["--resume_from_checkpoint", "ckpt"], "not a whole checkpoint: manifest.json is missing"),
             (["--global_batch_size", "6", "--per_device_train_batch_size", "4"], "4 or 8 would"),
         ],
     )
