@@ -139,6 +139,12 @@ class RouterTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "random, sequential, or group_by_length (less padding)."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Let DDP look for weights without a gradient in every step; routers and backbone all have one."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave NaN out of the logged loss, at the price of a device sync a step."}
     )
