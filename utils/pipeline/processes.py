@@ -115,16 +115,9 @@ def on_main_process(args: TrainingArguments, function: Callable[[], T]) -> T:
     """Run `function` on the main process alone and return its result on every one.
 
     Raises:
-        UserError: on every process, where it was raised on the main one.
+        UserError: on every process, where it or an OSError was raised on the main one.
     """
-    result = problem = None
-    if args.process_index == 0:
-        try:
-            result = function()
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+    result, problem = _attempt(function) if args.process_index == 0 else (None, None)
     if args.world_size > 1:
         shared = [result, problem]
         dist.broadcast_object_list(shared, src=0, device=args.device)
@@ -138,19 +131,24 @@ def on_each_machine(args: TrainingArguments, function: Callable[[], T]) -> list[
     """Run `function` on the first process of each machine and return the machines' results on every process.
 
     Raises:
-        UserError: on every process, where it was raised on any.
+        UserError: on every process, where it or an OSError was raised on any.
     """
-    result = problem = None
-    if args.local_process_index == 0:
-        try:
-            result = function()
-        except UserError as error:
-            problem = str(error)
+    result, problem = _attempt(function) if args.local_process_index == 0 else (None, None)
     outcomes = from_every_process(args, (args.local_process_index == 0, result, problem))
     for _, _, problem in outcomes:
         if problem is not None:
             raise UserError(problem)
     return [result for first, result, _ in outcomes if first]
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the function's result, or what the user is to be told of its failure."""
+    try:
+        return function(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
 
 
 def from_every_process(args: TrainingArguments, value: T) -> list[T]:
