@@ -44,6 +44,26 @@ def test_saved_operations_are_those_that_a_forward_leaves_out(granularity):
     assert dense + routers - counted_flops(skipped, input_ids) == saved
 
 
+@pytest.mark.parametrize("arch", ["olmoe", "qwen2_moe", "mixtral", "deepseek_v2"])
+def test_operations_of_a_mixture_of_experts_are_those_of_a_forward(arch):
+    length = 24
+    base = model_zoo.make_base(arch, attn_implementation="eager")
+    base.set_experts_implementation("eager")
+    config = base.config.to_dict()
+    settings = MoDSettings("expert_token", (3,))
+    expected = savings(config | {"sliding_window": None}, settings, length, {3: 0.0}, "float32")
+    one = layer_cost(config, length, 3)
+    assert expected["flops_saved"] == one.experts > 0
+    # eager attention multiplies with what the causal mask hides too
+    hidden_pairs = length * (length - 1) / 2
+    pairs = length * (length + 1) / 2
+    plain = layer_cost(config | {"sliding_window": None}, length, 0)
+    shorter = layer_cost(config | {"sliding_window": None}, 1, 0)
+    per_pair = (plain.queries - length * shorter.queries) / (pairs - length)
+    total = expected["flops"] + config["num_hidden_layers"] * hidden_pairs * per_pair
+    assert counted_flops(base, model_zoo.random_tokens(1, length)) == pytest.approx(total, rel=0.01)
+
+
 def test_kv_memory_of_the_papers_case(repository):
     """Llama-3-8B, 2048 tokens, batch 64, half of 16 layers skipped: 0.5 GiB a layer, 4 GiB in all."""
     facts = inspect_checkpoint(repository / "ckpt/llama3-8b-instruct-mod", [2048], batch=64, capacity=0.5)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from utils.io.errors import UserError
 from utils.model.checkpoint import INDEX_FILE, ROUTERS_FILE, is_mod, make_settings, read_config, weight_map
 
-from .costs import BYTES, savings
+from .costs import BYTES, number_of_experts, savings
 
 
 def inspect_checkpoint(
@@ -25,7 +25,8 @@ def inspect_checkpoint(
         capacity: share of inputs executed; default what the training run measured, else its target, else 0.5.
 
     Returns:
-        `base_model`, `granularity`, `layers`, `threshold` (layer -> number), `routers`, `capacity` and `savings`.
+        `base_model`, `granularity`, `layers`, `threshold` (layer -> number, or one for each expert), `routers`,
+        `trained` (what the run measured), `savings` and the like.
 
     Raises:
         UserError: the directory is not a MoD checkpoint.
@@ -38,8 +39,6 @@ def inspect_checkpoint(
             "with `python entrypoints/checkpoint/build_mod_checkpoint.py`"
         )
     settings = make_settings(config)
-    threshold = settings.threshold
-    thresholds = list(threshold) if isinstance(threshold, list | tuple) else [threshold] * len(settings.layers)
     measured = _measured(directory, settings.layers)
     given, source = capacity, "as given"
     if given is None and measured is None:
@@ -55,7 +54,7 @@ def inspect_checkpoint(
         "granularity": settings.granularity,
         "num_hidden_layers": config["num_hidden_layers"],
         "layers": list(settings.layers),
-        "threshold": dict(zip(settings.layers, thresholds, strict=True)),
+        "threshold": {layer: settings.threshold_of(layer) for layer in settings.layers},
         "target_capacity": settings.target_capacity,
         "trained": measured,
         "routers": _routers(directory, config, settings),
@@ -99,7 +98,7 @@ def describe_checkpoint(facts: dict[str, Any]) -> str:
         )
     shares = trained["layers"] if trained else {}
     lines.append("  layer      " + "".join(f"{layer:>7}" for layer in layers))
-    lines.append("  threshold  " + "".join(f"{facts['threshold'][layer]:>7.3g}" for layer in layers))
+    lines.append("  threshold  " + "".join(f"{_mean(facts['threshold'][layer]):>7.3g}" for layer in layers))
     if shares:
         lines.append("  executed   " + "".join(f"{shares[layer]:>7.2f}" for layer in layers))
     lines += [
@@ -142,7 +141,7 @@ def _routers(directory: Path, config: dict[str, Any], settings: Any) -> dict[str
         routers = _elements(directory / ROUTERS_FILE)
         share = routers / sum(_elements(directory / name) for name in set(weight_map(directory).values()))
     else:
-        rows = config.get("num_experts", config.get("num_local_experts", 1)) if settings.target == "expert" else 1
+        rows = number_of_experts(config) if settings.target == "expert" else 1
         routers = rows * config["hidden_size"] * len(settings.layers)
     return {"parameters": routers, "bytes": 4 * routers, "share": share, "built": built}
 
@@ -156,6 +155,11 @@ def _elements(path: Path) -> int:
                 count *= size
             total += count
     return total
+
+
+def _mean(threshold: float | Sequence[float]) -> float:
+    """Return a layer's threshold, of experts with one for each their mean."""
+    return sum(threshold) / len(threshold) if isinstance(threshold, list | tuple) else threshold
 
 
 def _dtype(config: dict[str, Any]) -> str:
