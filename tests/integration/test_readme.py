@@ -4,6 +4,7 @@ What needs a GPU, the hub or many minutes is run as far as it goes without: `DRY
 checked by the program itself.
 """
 
+import json
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ DRY_RUN = "scripts/finetune_mod.sh"
 ARGUMENTS_ONLY = {  # command -> what is added so that it ends after its arguments were understood
     "bash scripts/test.sh": "--collect-only -q tests/unit/test_house_rules.py",
     "bash scripts/data/download.sh": "--help",
+    "bash scripts/evaluate.sh path/to/output --tasks piqa openbookqa --limit 200": "--help",  # its data is on the hub
 }
 
 
@@ -48,6 +50,8 @@ def copy(tmp_path_factory, repository, workplace):
     (root / "data/raw/meta_math_qa/MetaMathQA-395K.json").write_text(rows)
     shutil.copytree(workplace / "base", root / "path/to/base")
     shutil.copytree(workplace / "ckpt/tiny-mod", root / "path/to/output")
+    log = [{"step": step, "task_loss": 2.0, "capacity": 1.0} for step in (1, 2)]
+    (root / "path/to/output/trainer_state.json").write_text(json.dumps({"log_history": log}))
     return root
 
 
