@@ -4,19 +4,21 @@
     python entrypoints/evaluation/benchmark.py ckpt/smollm2-135m-mod --grid 1x512 8x128 --threads 1
 
 First sparse execution is checked against the dense specification; nothing is timed unless that passes. Then, for each
-batch size and prompt length, prefill and decode are timed for six models on the same weights:
+batch size and prompt length, prefill and decode are timed for seven models on the same weights:
 
     dense        the base model of transformers
     all_kept     routers that keep everything: what routing costs
     tuned        the checkpoint as it is
     random       random decisions with the same share executed
+    share_alone  the base model whose routed branches run on as many inputs as that, without router, gather and mask
     all_skipped  routers that skip everything
     oracle       the base model without the routed branches: what skipping can cost at best
 
 The clock is the process's own processor time on a CPU, CUDA events on a GPU. Ratios are medians over interleaved
-repeats with a 95% interval. `saved` is the share reached of the time that skipping should save, which is the oracle's
-saving times the share skipped. KV memory is the sum over the cache's tensors after prefill; peak memory is what the
-prefill's tensors take at most, beyond the weights.
+repeats with a 95% interval. `saved` is the share reached of the time that skipping should save by arithmetic, which is
+the oracle's saving times the share skipped; `of alone` is the share reached of what `share_alone` saves, which is what
+this machine makes of that arithmetic (it reads a layer's weights for four rows as for eight). KV memory is the sum
+over the cache's tensors after prefill; peak memory is what the prefill's tensors take at most, beyond the weights.
 """
 
 import argparse

@@ -42,7 +42,15 @@ def test_the_benchmark_writes_all_columns_of_each_cell(benchmark, tmp_path, gran
     assert written["routing"]["granularity"] == granularity
     assert [(cell["batch"], cell["length"]) for cell in written["cells"]] == [(1, 24), (4, 16)]
     for cell in written["cells"]:
-        assert list(cell["columns"]) == ["dense", "all_kept", "tuned", "random", "all_skipped", "oracle"]
+        assert list(cell["columns"]) == [
+            "dense",
+            "all_kept",
+            "tuned",
+            "random",
+            "share_alone",
+            "all_skipped",
+            "oracle",
+        ]
         for column in cell["columns"].values():
             assert column["kv_bytes"] > 0
             assert column["peak_memory_bytes"] > 0

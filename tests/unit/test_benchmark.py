@@ -1,4 +1,4 @@
-"""The benchmark: six models on one set of weights, numbers that add up, and no timing of a wrong result."""
+"""The benchmark: seven models on one set of weights, numbers that add up, and no timing of a wrong result."""
 
 import pytest
 import torch
@@ -81,8 +81,28 @@ def test_kv_bytes_follow_the_share_executed_exactly(granularity):
     assert columns["all_skipped"]["share_executed"] == 0
     assert columns["dense"]["prefill"]["to_dense"]["median"] == 1
     assert columns["random"]["decode"]["saving_reached"]
+    assert columns["random"]["decode"]["saving_reached_of_share_alone"]
+    assert columns["share_alone"]["kv_bytes"] == columns["random"]["kv_bytes"]
     assert "saving_reached" not in columns["all_kept"]["prefill"]
     assert all(name in table(cell) for name in COLUMNS)
+
+
+@every_granularity
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_plain_branch_runs_on_any_share(granularity, batch):
+    for share in (0.0, 0.5, 1.0):
+        columns = columns_of(granularity, share=share)
+        logits = {}
+        for name in ("share_alone", "oracle", "dense"):
+            column = next(column for column in columns if column.name == name)
+            cache = column.make_cache()
+            with torch.no_grad():
+                for tokens in random_tokens(batch, 12).split([9, 1, 1, 1], dim=1):
+                    logits[name] = column.model(tokens, past_key_values=cache, use_cache=True).logits
+        nothing_gated = share == 1.0 and not granularity.startswith(("attn_token", "block_token"))
+        for name, equal in (("oracle", share == 0.0), ("dense", nothing_gated)):
+            if equal:
+                torch.testing.assert_close(logits["share_alone"], logits[name], atol=5e-5, rtol=0)
 
 
 def test_without_decode_there_is_no_decode_in_the_table():

@@ -187,7 +187,9 @@ def summarize(
 
     Returns:
         Seconds, tokens per second, time relative to dense and to the oracle (ratios within one repeat), and the share
-        that was reached of the time that skipping should save: the oracle's saving times the share skipped.
+        that was reached of the time that skipping should save: by arithmetic the oracle's saving times the share
+        skipped (`saving_reached`), and, for random decisions, what the plain branch saves on this machine when it is
+        given as few inputs (`saving_reached_of_share_alone`).
     """
     own, dense, oracle = (np.asarray(seconds[column]) for column in (name, "dense", "oracle"))
     result = {
@@ -199,16 +201,20 @@ def summarize(
     }
     share = facts[name].get("share_executed")
     if share is not None and share < 1:
-        possible = (1 - share) * skippable
-
-        def saving_reached(own_to_dense: np.ndarray, oracle_to_dense: np.ndarray) -> np.ndarray:
-            own_saves, oracle_saves = (1 - np.median(ratio, axis=-1) for ratio in (own_to_dense, oracle_to_dense))
-            return own_saves / (possible * np.where(oracle_saves == 0, np.nan, oracle_saves))
-
-        reached = with_interval(saving_reached, own / dense, oracle / dense)
-        if np.isfinite(list(reached.values())).all():
-            result["saving_reached"] = reached
+        references = {"saving_reached": (oracle, (1 - share) * skippable)}
+        if name == "random":
+            references["saving_reached_of_share_alone"] = (np.asarray(seconds["share_alone"]), 1.0)
+        for key, (reference, part) in references.items():
+            reached = with_interval(partial(_saving_reached, part=part), own / dense, reference / dense)
+            if np.isfinite(list(reached.values())).all():
+                result[key] = reached
     return result
+
+
+def _saving_reached(own_to_dense: np.ndarray, reference_to_dense: np.ndarray, part: float) -> np.ndarray:
+    """Return the saving as a share of `part` times the reference's, of ratios [..., repeats]."""
+    own, reference = (1 - np.median(ratio, axis=-1) for ratio in (own_to_dense, reference_to_dense))
+    return own / (part * np.where(reference == 0, np.nan, reference))
 
 
 def skippable_share(config, settings: MoDSettings, length: int, decode: bool) -> float:
@@ -261,16 +267,19 @@ def table(cell: dict[str, Any]) -> str:
         lines.append(f"{phase}, batch {cell['batch']} x {what}")
         lines.append(
             f"  {'':<12}{'executed':>9}{'tokens/s':>10}{'time to dense':>24}{'to oracle':>11}{'saved':>7}"
-            f"{'KV MiB':>9}{'peak MiB':>10}"
+            f"{'of alone':>10}{'KV MiB':>9}{'peak MiB':>10}"
         )
         for name, column in cell["columns"].items():
-            row, share = column[phase], column.get("share_executed")
-            ratio, saved = row["to_dense"], row.get("saving_reached")
+            row, share, ratio = column[phase], column.get("share_executed"), column[phase]["to_dense"]
+            saved, alone = (
+                format(row[key]["median"], ".0%") if key in row else ""
+                for key in ("saving_reached", "saving_reached_of_share_alone")
+            )
             between = f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
             lines.append(
                 f"  {name:<12}{'' if share is None else f'{share:.2f}':>9}{row['tokens_per_second']:>10.1f}"
                 f"{between:>24}{row['to_oracle']['median']:>11.3f}"
-                f"{'' if saved is None else format(saved['median'], '.0%'):>7}"
+                f"{saved:>7}{alone:>10}"
                 f"{column['kv_bytes'] / 2**20:>9.2f}{column['peak_memory_bytes'] / 2**20:>10.1f}"
             )
     lines.append(f"the routers alone: {cell['router_share_of_prefill']:.2%} of a dense prefill")

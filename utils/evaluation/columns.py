@@ -1,13 +1,15 @@
 """The models that the benchmark compares, side by side on one set of weights.
 
-Each is a model of its own, built without weights and then given the modules of the loaded one, so that six of them
+Each is a model of its own, built without weights and then given the modules of the loaded one, so that all of them
 take the memory of one. Nothing is patched: what is executed is forced by a model's own routers and threshold, and the
-oracle has decoder layers that lack the branch.
+columns without routers have decoder layers that lack the branch, or run it on a part of the batch.
 
     dense        the base class of transformers: no routing code at all
     all_kept     every router at zero, which keeps everything: what routing itself costs
     tuned        the checkpoint as it is
     random       routers that ignore their input and keep a given share
+    share_alone  the base class whose routed branches run on as many inputs as `random` keeps, the first ones: what is
+                 left to save of them on this machine, without router, gather and mask; its text means nothing
     all_skipped  every router at zero under a higher threshold, which skips everything
     oracle       the base class without the routed layers' branch: what skipping can cost at best
 """
@@ -21,9 +23,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from utils.model.cache_mod import MoDCache
 from utils.model.configuration_mod import MoDSettings
+from utils.model.projections_mod import keys_and_values, queries_of
 from utils.model.routing_mod import MoDRouter
 
-COLUMNS = ("dense", "all_kept", "tuned", "random", "all_skipped", "oracle")
+COLUMNS = ("dense", "all_kept", "tuned", "random", "share_alone", "all_skipped", "oracle")
 
 SEED = 233
 """Of the decisions of the random column; the layer's index is added."""
@@ -46,7 +49,12 @@ class Column:
     @property
     def routed(self) -> bool:
         """Whether the model has routers, and returns what they decided."""
-        return self.name not in ("dense", "oracle")
+        return self.name not in ("dense", "share_alone", "oracle")
+
+
+def kept_of(inputs: int, share: float, offset: float) -> int:
+    """Return how many of `inputs` a layer keeps; `offset`, in (0, 1), spread over layers, makes their sum right."""
+    return int(share * inputs + offset)
 
 
 class RandomRouter(MoDRouter):
@@ -55,20 +63,24 @@ class RandomRouter(MoDRouter):
     Args:
         hidden_size: width of the model.
         share: share of the inputs to keep.
-        offset: in (0, 1); `floor(share * inputs + offset)` are kept. Spread over the layers, it makes their sum right.
+        offset: of `kept_of`.
         seed: of the choice.
     """
 
     def __init__(self, hidden_size: int, share: float, offset: float, seed: int):
         super().__init__(hidden_size)
         self.share, self.offset, self.seed = share, offset, seed
+        self.drawn: dict[int, torch.Tensor] = {}
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 [...], of 1 (kept) and -1 for `hidden_states` [..., hidden_size]."""
         logits = super().forward(hidden_states)  # zeros: a router's usual work
-        generator = torch.Generator(logits.device).manual_seed(self.seed)
-        order = torch.randperm(logits.numel(), generator=generator, device=logits.device).view_as(logits)
-        return logits + torch.where(order < int(self.share * logits.numel() + self.offset), 1.0, -1.0)
+        inputs = logits.numel()
+        if inputs not in self.drawn:  # drawing takes longer than routing
+            generator = torch.Generator(logits.device).manual_seed(self.seed)
+            order = torch.randperm(inputs, generator=generator, device=logits.device)
+            self.drawn[inputs] = torch.where(order < kept_of(inputs, self.share, self.offset), 1.0, -1.0)
+        return logits + self.drawn[inputs].view_as(logits)
 
 
 class WithoutAttention(nn.Module):
@@ -104,6 +116,71 @@ class WithoutBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Return `hidden_states`."""
         return hidden_states
+
+
+class ShareAlone(nn.Module):
+    """A decoder layer whose branch runs on the first of its inputs alone: of the sequences, or of each one's tokens.
+
+    Args:
+        layer: the base's layer.
+        settings: what is routed.
+        share: share of the inputs to run on.
+        offset: of `kept_of`.
+    """
+
+    def __init__(self, layer: nn.Module, settings: MoDSettings, share: float, offset: float):
+        super().__init__()
+        self.layer, self.settings, self.share, self.offset = layer, settings, share, offset
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Run the layer on `hidden_states` [batch, tokens, hidden_size]."""
+        (rows, each), target = hidden_states.shape[:2], self.settings.target
+        if target == "mlp":
+            hidden_states = hidden_states + self._attend(hidden_states, **kwargs)
+        if self.settings.level == "token" and each > 1:
+            each = kept_of(each, self.share, self.offset)
+        else:
+            rows = kept_of(rows, self.share, self.offset)
+        part = hidden_states[:rows, :each]
+        if target != "mlp" and self.settings.level == "token":
+            part = part + self._attend_part(hidden_states, rows, each, **kwargs)
+        elif target != "mlp" and rows > 0:
+            part = part + self._attend(part, **kwargs)
+        if target != "attn":
+            part = self._add_mlp(part)
+        hidden_states = hidden_states.clone()
+        hidden_states[:rows, :each] = part
+        return self._add_mlp(hidden_states) if target == "attn" else hidden_states
+
+    def _attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.layer.self_attn(hidden_states=self.layer.input_layernorm(hidden_states), **kwargs)[0]
+
+    def _add_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.layer.mlp(self.layer.post_attention_layernorm(hidden_states))
+
+    def _attend_part(
+        self, hidden_states: torch.Tensor, rows: int, each: int, position_embeddings, past_key_values, **kwargs
+    ) -> torch.Tensor:
+        """Attend from `each` queries of `rows` sequences, without a mask, to as many keys as a token sees on average.
+
+        Keys and values are those of all tokens.
+        """
+        attention, (batch, tokens) = self.layer.self_attn, hidden_states.shape[:2]
+        normed = self.layer.input_layernorm(hidden_states)
+        keys, values = keys_and_values(attention, normed, position_embeddings, past_key_values)
+        if rows * each == 0:
+            return hidden_states[:rows, :each]
+        chosen = torch.arange(batch * tokens, device=normed.device).view(batch, tokens)[:rows, :each].flatten()
+        queries = queries_of(attention, normed, chosen, position_embeddings).unflatten(0, (rows, each))
+        seen = keys.shape[2] - tokens + (tokens + 1) // 2
+        output = nn.functional.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys[:rows, :, :seen],
+            values[:rows, :, :seen],
+            scale=attention.scaling,
+            enable_gqa=True,
+        )
+        return attention.o_proj(output.transpose(1, 2).flatten(2))
 
 
 _WITHOUT = {"attn": WithoutAttention, "mlp": WithoutMLP, "block": WithoutBlock}
@@ -151,9 +228,12 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
         RandomRouter(model.config.hidden_size, random_share, offset, SEED + index)
         for index, offset in zip(settings.layers, places, strict=True)
     ]
-    oracle = dense_twin(model)
-    for index in settings.layers:
-        oracle.get_decoder().layers[index] = _WITHOUT[settings.target](oracle.get_decoder().layers[index])
+    oracle, alone = dense_twin(model), dense_twin(model)
+    for index, offset in zip(settings.layers, places, strict=True):
+        layers = oracle.get_decoder().layers
+        layers[index] = _WITHOUT[settings.target](layers[index])
+        layers = alone.get_decoder().layers
+        layers[index] = ShareAlone(layers[index], settings, random_share, offset)
     depth = range(model.config.num_hidden_layers)
     attending = [index for index in depth if settings.target == "mlp" or index not in settings.layers]
     models = {
@@ -161,13 +241,14 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
         "all_kept": routed_twin(model, at_zero, threshold=0.5),
         "tuned": model.eval(),
         "random": routed_twin(model, random, threshold=0.5),
+        "share_alone": alone.eval(),
         "all_skipped": routed_twin(model, at_zero, threshold=0.75),
         "oracle": oracle.eval(),
     }
 
     def make_cache(name: str) -> Callable[[], Cache]:
         config = models[name].config
-        if name == "oracle":
+        if name in ("share_alone", "oracle"):
             return lambda: PartialCache(config, attending)
         return lambda: DynamicCache(config=config) if name == "dense" else MoDCache(config)
 

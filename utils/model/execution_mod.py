@@ -112,14 +112,14 @@ def _sparse_tokens(
     flat = hidden_states.flatten(0, 1)  # [batch * tokens, hidden_size]
     if target == "mlp":
         if len(kept) > 0:
-            flat = _add_at(flat, kept, _mlp(layer, normed.flatten(0, 1)[kept]))
+            flat = _add_at(flat, kept, _mlp(layer, normed.flatten(0, 1).index_select(0, kept)))
         return flat.view_as(hidden_states)
     attention = attend_kept_tokens(layer.self_attn, normed, decision, attention_kwargs)  # [kept, hidden_size]
     if target == "attn":
         flat = flat if attention is None else _add_at(flat, kept, attention)
         return _add_mlp(layer, flat.view_as(hidden_states))
     if attention is not None:
-        flat = flat.index_copy(0, kept, _add_mlp(layer, flat[kept] + attention).to(flat.dtype))
+        flat = flat.index_copy(0, kept, _add_mlp(layer, flat.index_select(0, kept) + attention).to(flat.dtype))
     return flat.view_as(hidden_states)
 
 

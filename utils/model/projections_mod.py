@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import rotate_half
 
 PositionEmbeddings = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """Cosine and sine, each [1 or batch, tokens, head_dim], or for latent attention one complex tensor."""
@@ -46,7 +45,7 @@ def keys_and_values(
         return attention.expand_kv(latent, rotary)
     keys, values = (_heads(attention, name, normed).transpose(1, 2) for name in ("k", "v"))
     cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-    keys = keys * cos + rotate_half(keys) * sin
+    keys = _rotate(keys, cos, sin)
     return (keys, values) if cache is None else cache.update(keys, values, attention.layer_idx)
 
 
@@ -65,7 +64,7 @@ def queries_of(
         [chosen, heads, head_dim].
     """
     tokens = normed.shape[1]
-    inputs = normed.reshape(-1, normed.shape[-1])[chosen]
+    inputs = normed.reshape(-1, normed.shape[-1]).index_select(0, chosen)
     if is_latent(attention):
         if attention.q_lora_rank is None:
             queries = attention.q_proj(inputs)
@@ -76,7 +75,7 @@ def queries_of(
         return torch.cat((plain, _rotate_complex(rotary, _at_tokens(position_embeddings, chosen, tokens))), dim=-1)
     queries = _heads(attention, "q", inputs)
     cos, sin = (_at_tokens(table, chosen, tokens) for table in position_embeddings)
-    return queries * cos + rotate_half(queries) * sin
+    return _rotate(queries, cos, sin)
 
 
 def cache_no_rows(attention: nn.Module, hidden_states: torch.Tensor, cache: Any) -> None:
@@ -106,7 +105,16 @@ def _heads(attention: nn.Module, name: str, inputs: torch.Tensor) -> torch.Tenso
 def _at_tokens(table: torch.Tensor, chosen: torch.Tensor, tokens: int) -> torch.Tensor:
     """Pick a rotary table's rows, [1 or batch, tokens, width], for flat token indices: [chosen, 1, width]."""
     index = chosen if table.shape[0] > 1 else chosen % tokens
-    return table.flatten(0, 1)[index].unsqueeze(1)
+    return table.flatten(0, 1).index_select(0, index).unsqueeze(1)
+
+
+def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate [..., head_dim] as transformers does, in three passes over memory rather than five."""
+    half = heads.shape[-1] // 2
+    rotated = heads * cos
+    rotated[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+    return rotated
 
 
 def _rotate_complex(states: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:

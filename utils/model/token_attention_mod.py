@@ -1,14 +1,13 @@
 """Attention in which every token has keys and values, but only kept tokens have queries and outputs.
 
 This is what a token-level decision leaves of attention and block (Section 3.1): a dropped token is still attended to,
-but it asks nothing. Projections run on exactly the kept tokens. The kernels then see either the kept queries alone,
-gathered with their rows of the mask (eager and SDPA over several tokens), or all of them with zeros where a token was
-dropped, which needs no other mask and no copy of the cached keys and values (one new token, FlashAttention, flex).
-This file travels inside every checkpoint.
+but it asks nothing. Projections run on exactly the kept tokens. On a CPU, eager attention and SDPA over several tokens
+then see the kept queries alone, sequence by sequence. All else (one new token, a GPU's kernels, FlashAttention, flex)
+sees all queries, with zeros where a token was dropped: that needs no other mask, no copy of the cached keys and
+values, and one call. This file travels inside every checkpoint.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from .projections_mod import keys_and_values, queries_of
 from .routing_mod import Decision
 
-QUERY_BLOCK = 128
+STRETCH = 128
 """Positions whose kept queries are attended together: later keys are left out, as a causal kernel would."""
 
 
@@ -65,13 +64,16 @@ def attend_kept_tokens(
         output, _ = interface(attention, queries.transpose(1, 2), keys, values, mask, **options, **kwargs)
         return output.reshape(*queries.shape[:2], -1)
 
-    if tokens > 1 and implementation in ("eager", "sdpa"):
-        # Eager attention lets a query that sees nothing (padding on the left) average over all keys: leave none out.
-        length = QUERY_BLOCK if implementation == "sdpa" else tokens
-        blocks = query_blocks(decision.kept_on_host, batch, tokens, length)
-        grouped = partial(grouped_attention, dropout=options["dropout"], scaling=options["scaling"])
-        kernel = grouped if implementation == "sdpa" else attend
-        outputs = _attend_gathered(kernel, queries, blocks, tokens, keys, values, mask)
+    if tokens > 1 and implementation in ("eager", "sdpa") and queries.device.type == "cpu":
+        kernel, length = partial(_sdpa, dropout=options["dropout"], scaling=options["scaling"]), STRETCH
+        if implementation == "eager":
+            # it lets a query that sees nothing (padding on the left) average over all keys: leave none out
+            kernel, length = attend, tokens
+        outputs = [
+            kernel(queries[None, run], keys[row, None, :, :seen], values[row, None, :, :seen], run_mask)
+            for row, run, seen, run_mask in _query_runs(kept, batch, tokens, keys.shape[2] - tokens, length, mask)
+        ]
+        outputs = torch.cat(outputs, dim=1)[0]  # [kept, heads * head_dim]
     else:
         padded = queries.new_zeros(batch * tokens, *queries.shape[1:]).index_copy(0, kept, queries)
         padded = padded.view(batch, tokens, *queries.shape[1:])
@@ -79,102 +81,37 @@ def attend_kept_tokens(
     return attention.o_proj(outputs)
 
 
-@dataclass
-class QueryBlock:
-    """The kept queries of one stretch of positions, arranged as a batch.
-
-    Args:
-        end: first position after the stretch.
-        first: the first of the kept tokens that lie in it.
-        chosen: int64 [chosen], which of the kept tokens lie in it.
-        picked: int64 [batch, width], the kept token that each slot holds.
-        positions: int64 [batch, width], its position.
-        slots: int64 [chosen], the chosen tokens' indices into the flattened [batch * width].
-    """
-
-    end: int
-    first: int
-    chosen: torch.Tensor
-    picked: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-
-
-def query_blocks(kept: torch.Tensor, batch: int, tokens: int, length: int) -> Iterator[QueryBlock]:
-    """Arrange kept tokens by position, `length` positions at a time.
+def _query_runs(
+    kept: torch.Tensor, batch: int, tokens: int, past: int, length: int, mask: torch.Tensor | None
+) -> Iterator[tuple[int, slice, int, torch.Tensor]]:
+    """Cut the kept tokens into runs of one sequence and one stretch of positions, without a gather.
 
     Args:
         kept: int64 [kept] on the CPU, ascending indices into the flattened [batch * tokens].
-        batch, tokens: numbers of sequences and of new tokens.
-        length: positions of one block.
+        batch, tokens: numbers of sequences and of new tokens, which are the last ones of the keys.
+        past: number of keys before them.
+        length: positions of a stretch.
+        mask: [1 or batch, 1, tokens, past + tokens], bool or additive; None for causal.
 
     Yields:
-        the blocks that hold a kept token. Where rows keep unequal numbers of tokens, a spare slot repeats the first
-        token of its block, and nobody reads its output.
+        sequence, slice of the kept tokens, number of keys that they can see, and their mask [1, 1, queries, keys].
     """
-    rows, positions = kept // tokens, kept % tokens
-    for start in range(0, tokens, length):
-        end = min(start + length, tokens)
-        chosen = ((positions >= start) & (positions < end)).nonzero().squeeze(-1)
-        if len(chosen) == 0:
+    stretches = [(row, start) for row in range(batch) for start in range(0, tokens, length)]
+    edges = torch.tensor([row * tokens + start for row, start in stretches] + [batch * tokens])
+    edges = [int(edge) for edge in torch.searchsorted(kept, edges)]
+    for (row, start), first, last in zip(stretches, edges, edges[1:], strict=False):
+        if first == last:
             continue
-        counts = rows[chosen].bincount(minlength=batch)
-        width = int(counts.max())
-        first = counts.cumsum(0) - counts  # [batch], where each row's tokens begin in `chosen`
-        slots = torch.arange(len(chosen)) + (torch.arange(batch) * width - first)[rows[chosen]]
-        picked = chosen[:1].repeat(batch * width).index_copy(0, slots, chosen).view(batch, width)
-        yield QueryBlock(end, int(chosen[0]), chosen, picked, positions[picked], slots)
-
-
-def _attend_gathered(
-    attend: Callable,
-    queries: torch.Tensor,
-    blocks: Iterator[QueryBlock],
-    tokens: int,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend from gathered queries, one stretch of positions after the other.
-
-    Args:
-        attend: the kernel, from queries [batch, width, heads, head_dim].
-        queries: [kept, heads, head_dim].
-        blocks: their arrangement.
-        tokens: number of new tokens; they are the last ones of the keys.
-        keys: [batch, key-value heads, past + tokens, head_dim].
-        values: the same shape.
-        mask: [1 or batch, 1, tokens, past + tokens], bool or additive; None for causal without a past.
-
-    Returns:
-        [kept, heads * head_dim].
-    """
-    batch, device = keys.shape[0], keys.device
-    past = keys.shape[2] - tokens
-    outputs = None
-    for block in blocks:
-        chosen, picked, positions, slots = (
-            index.to(device, non_blocking=True) for index in (block.chosen, block.picked, block.positions, block.slots)
-        )
-        visible = past + block.end
+        positions = kept[first:last] - row * tokens
+        seen = past + min(start + length, tokens)
         if mask is None:
-            block_mask = torch.arange(visible, device=device) <= past + positions[:, None, :, None]
+            run_mask = (torch.arange(seen) <= past + positions[:, None])[None, None]
         else:
-            rows = torch.arange(batch, device=device)[:, None]
-            block_mask = mask.expand(batch, -1, -1, -1)[rows, :, positions, :visible].transpose(1, 2)
-        # one sequence's tokens of a stretch follow each other: no gather
-        block_queries = queries[None, block.first : block.first + picked.shape[1]] if batch == 1 else queries[picked]
-        attended = attend(block_queries, keys[:, :, :visible], values[:, :, :visible], block_mask)
-        if outputs is None:  # under autocast the kernel's dtype isn't that of the queries
-            outputs = attended.new_empty(len(queries), attended.shape[-1])
-        if batch == 1:
-            outputs[block.first : block.first + picked.shape[1]] = attended[0]
-        else:
-            outputs[chosen] = attended.flatten(0, 1)[slots]
-    return outputs
+            run_mask = mask[row if len(mask) > 1 else 0, None, :, :, :seen].index_select(2, positions)
+        yield row, slice(first, last), seen, run_mask
 
 
-def grouped_attention(
+def _sdpa(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -182,26 +119,11 @@ def grouped_attention(
     dropout: float,
     scaling: float,
 ) -> torch.Tensor:
-    """Run torch's SDPA with the heads that share keys laid out as further queries, so that no key is copied.
+    """Run torch's SDPA, [1, queries, heads, head_dim] -> [1, queries, heads * head_dim].
 
-    Under a mask, transformers' `sdpa_attention_forward` repeats keys and values once for each head.
-
-    Args:
-        queries: [batch, queries, heads, head_dim].
-        keys: [batch, key-value heads, keys, head_dim].
-        values: the same shape.
-        mask: [1 or batch, 1, queries, keys], bool or additive.
-        dropout: probability of dropping an attention weight.
-        scaling: factor of the products.
-
-    Returns:
-        [batch, queries, heads * head_dim].
+    Under a mask transformers' `sdpa_attention_forward` copies keys and values once for each head that shares them.
     """
-    batch, width, heads, head_dim = queries.shape
-    groups = heads // keys.shape[1]
-    packed = queries.transpose(1, 2).reshape(batch, keys.shape[1], groups * width, head_dim)
-    mask = mask.repeat(1, 1, groups, 1)
     output = nn.functional.scaled_dot_product_attention(
-        packed, keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling
+        queries.transpose(1, 2), keys, values, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
-    return output.view(batch, heads, width, -1).transpose(1, 2).reshape(batch, width, -1)
+    return output.transpose(1, 2).flatten(2)
