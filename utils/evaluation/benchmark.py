@@ -150,16 +150,18 @@ def measure_cell(
                 seconds["prefill"][column.name].append(prefill[column.name])
                 seconds["decode"][column.name].append(decode[column.name])
         progress()
-    router = router_seconds(columns, batch, length, stopwatch, repeats)
     model = columns[0].model
     settings = next(column.model.config.mod_settings for column in columns if column.routed)
     tokens = {"prefill": batch * length, "decode": batch * decode_tokens}
+    routers = {"prefill": router_seconds(columns, batch, length, stopwatch, repeats)}
+    if decode_tokens and settings.level == "token":  # a sequence is routed at prefill alone
+        routers["decode"] = decode_tokens * router_seconds(columns, batch, 1, stopwatch, repeats)
     skippable = {phase: skippable_share(model.config, settings, length, phase == "decode") for phase in tokens}
     return {
         "batch": batch,
         "length": length,
         "decode_tokens": decode_tokens,
-        "router_share_of_prefill": router / statistics.median(seconds["prefill"]["dense"]),
+        "router_share": {phase: own / statistics.median(seconds[phase]["dense"]) for phase, own in routers.items()},
         "skippable_share_of_branch": skippable,
         "columns": {
             column.name: facts[column.name]
@@ -244,7 +246,7 @@ def skippable_share(config, settings: MoDSettings, length: int, decode: bool) ->
 def router_seconds(
     columns: Sequence[Column], batch: int, length: int, stopwatch: Stopwatch, repeats: int, calls: int = 10
 ) -> float:
-    """Return the median seconds that the routers of all layers together take over one prefill."""
+    """Return the median seconds that the routers of all layers together take in one forward."""
     model = next(column.model for column in columns if column.name == "tuned")
     settings, routers = model.config.mod_settings, model.router_modules()
     hidden_states = torch.randn(batch, length, model.config.hidden_size, dtype=model.dtype, device=model.device)
@@ -282,7 +284,8 @@ def table(cell: dict[str, Any]) -> str:
                 f"{saved:>7}{alone:>10}"
                 f"{column['kv_bytes'] / 2**20:>9.2f}{column['peak_memory_bytes'] / 2**20:>10.1f}"
             )
-    lines.append(f"the routers alone: {cell['router_share_of_prefill']:.2%} of a dense prefill")
+    shares = ", ".join(f"{share:.2%} of a dense {phase}" for phase, share in cell["router_share"].items())
+    lines.append(f"the routers alone: {shares}")
     return "\n".join(lines)
 
 
