@@ -16,6 +16,30 @@ from .configuration_mod import MoDSettings
 from .routing_mod import Decision
 
 
+class NoCache:
+    """Stands where a cache would, and keeps nothing.
+
+    Without a cache and a mask transformers 5.23 reads the position ids back from the device to see whether rows are
+    packed, once in every forward of the training; with this it doesn't.
+    """
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: nothing is kept."""
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return 0: the first query is the first token."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the number of keys, which is that of the queries, and the position of the first."""
+        return query_length, 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Return the keys and values as they are."""
+        return key_states, value_states
+
+
 class RoutedLayerMixin:
     """Over a growing cache layer: the decision of each sequence and, where packed, only the executed rows."""
 

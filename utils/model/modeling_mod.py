@@ -26,7 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils import can_return_tuple
 
-from .cache_mod import MoDCache, adapt_cache, check_cache, refuse_decisions
+from .cache_mod import MoDCache, NoCache, adapt_cache, check_cache, refuse_decisions
 from .configuration_mod import (
     EXECUTIONS,
     MoDLlamaConfig,
@@ -47,10 +47,12 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
     Args:
         router_scores: `R(x)`, float32 [routed layers, batch] or [routed layers, batch, tokens]; carries gradient.
         router_gates: `M`, same shape, exactly 0 or 1; carries the straight-through gradient. None if routing is off.
+        states: [positions, hidden_size], the last hidden states that `states_at` asked for.
     """
 
     router_scores: torch.Tensor | None = None
     router_gates: torch.Tensor | None = None
+    states: torch.Tensor | None = None
 
 
 class MoDDecoderLayerMixin:
@@ -79,7 +81,7 @@ class MoDDecoderLayerMixin:
         attention_kwargs = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            "past_key_values": None if isinstance(past_key_values, NoCache) else past_key_values,
             "use_cache": use_cache,
             "position_embeddings": position_embeddings,
             **kwargs,
@@ -132,8 +134,29 @@ class MoDPreTrainedMixin:
         layers = self.get_decoder().layers
         return {index: layers[index].router for index in self.mod_settings.layers}
 
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        """Recompute activations in the backward, as transformers does, but only where there is one to be done.
+
+        transformers also makes the embeddings' output require gradients, which non-reentrant checkpointing can do
+        without, and which would run a backward through all the frozen layers below the first one that trains. These
+        keep nothing, so there is nothing to recompute either.
+        """
+        super().activation_checkpointing_enable(*args, **kwargs)
+        self.disable_input_require_grads()
+        if not self.get_input_embeddings().weight.requires_grad:
+            for layer in self.get_decoder().layers:
+                if any(parameter.requires_grad for parameter in layer.parameters()):
+                    break
+                layer.gradient_checkpointing = False
+
     def make_routing(
-        self, inputs: torch.Tensor, attention_mask: Any, execution: str | None, drafts: int = 0, **kwargs
+        self,
+        inputs: torch.Tensor,
+        attention_mask: Any,
+        execution: str | None,
+        drafts: int = 0,
+        token_mask: torch.Tensor | None = None,
+        **kwargs,
     ) -> Routing:
         """Prepare the routing of one forward.
 
@@ -142,6 +165,7 @@ class MoDPreTrainedMixin:
             attention_mask: [batch, past + tokens], or None; at token level any mask that the base model takes.
             execution: `dense`, `sparse`, or None for dense in training and sparse otherwise.
             drafts: number of trailing tokens that have no say in a sequence's decision.
+            token_mask: bool [batch, tokens], which tokens have, where `attention_mask` isn't to say it.
             kwargs: the forward's further keywords.
 
         Raises:
@@ -156,8 +180,9 @@ class MoDPreTrainedMixin:
             return Routing(token_mask=None, sparse=execution == "sparse")
 
         batch, tokens = inputs.shape[:2]
-        token_mask = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        if token_mask is not None:
+            pass
+        elif isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             token_mask = attention_mask[:, -tokens:].bool()
         elif attention_mask is not None:
             raise ValueError("a decision for each sequence needs the 2D attention_mask [batch, tokens], or none")
@@ -218,7 +243,10 @@ class MoDModelMixin(MoDPreTrainedMixin):
         if routing is None:
             routing = self.make_routing(inputs, attention_mask, execution=None, **kwargs)
         past_key_values, use_cache = self.make_cache(inputs, past_key_values, use_cache, routing)
-        return super().forward(
+        plain = attention_mask is None and position_ids is None and past_key_values is None and not use_cache
+        if plain and not self.is_activation_checkpointing:
+            past_key_values = NoCache()
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -228,6 +256,9 @@ class MoDModelMixin(MoDPreTrainedMixin):
             routing=routing,
             **kwargs,
         )
+        if isinstance(past_key_values, NoCache):
+            output.past_key_values = None
+        return output
 
 
 class MoDForCausalLMMixin(MoDPreTrainedMixin):
@@ -256,9 +287,11 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
         route: bool = True,
         execution: str | None = None,
         drafted: bool = False,
+        token_mask: torch.Tensor | None = None,
+        states_at: torch.Tensor | None = None,
         **kwargs,
     ) -> MoDCausalLMOutput | CausalLMOutputWithPast:
-        """Run the language model, as transformers' `forward` with three more keywords.
+        """Run the language model, as transformers' `forward` with five more keywords.
 
         Args:
             input_ids: int64 [batch, tokens], or `inputs_embeds` [batch, tokens, hidden_size].
@@ -271,33 +304,45 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
             execution: `dense` or `sparse`; default dense in training, sparse otherwise. One cache stays with one.
             drafted: the last `logits_to_keep - 1` tokens are drafts to be verified and have no say in a sequence's
                 decision; `generate` sets it, so that assisted decoding decides as plain decoding does.
+            token_mask: bool [batch, tokens], the tokens that have a say in a sequence's decision, in place of
+                `attention_mask`: padding on the right needs no attention mask, as nothing real attends to it.
+            states_at: int64 [positions], indices into the flattened [batch * tokens]: return the last hidden states
+                there as `states`, and no logits. For a loss that computes logits where it needs them.
 
         Returns:
-            `MoDCausalLMOutput` with logits [batch, tokens, vocabulary].
+            `MoDCausalLMOutput` with logits [batch, tokens, vocabulary], or states [positions, hidden_size].
 
         Raises:
-            ValueError: the execution is unknown; attention maps are asked for in sparse execution; a sequence
-                decision would have to guess the padding from a mask that isn't 2D; or the cache is of a class that
-                can't hold decisions, was filled without routing or by the other execution, or by another batch size.
+            ValueError: the execution is unknown; attention maps are asked for in sparse execution; `labels` and
+                `states_at` are both given; a sequence decision would have to guess the padding from a mask that isn't
+                2D; or the cache is of a class that can't hold decisions, was filled without routing or by the other
+                execution, or by another batch size.
         """
         if route:
             inputs = input_ids if input_ids is not None else inputs_embeds
             drafts = logits_to_keep - 1 if drafted and isinstance(logits_to_keep, int) and logits_to_keep > 1 else 0
-            routing = self.make_routing(inputs, attention_mask, execution, drafts, **kwargs)
+            routing = self.make_routing(inputs, attention_mask, execution, drafts, token_mask, **kwargs)
         else:
             routing = Routing(token_mask=None, sparse=False, enabled=False)
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            routing=routing,
-            **(kwargs | {"return_dict": True}),
-        )
+        inner_kwargs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "routing": routing,
+            **kwargs,
+            "return_dict": True,
+        }
+        if states_at is None:
+            output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **inner_kwargs)
+        elif labels is not None:
+            raise ValueError("labels need logits, which states_at leaves out: give one of the two")
+        else:
+            inner = self.model(**inner_kwargs)
+            states = inner.last_hidden_state.flatten(0, 1).index_select(0, states_at)
+            output = MoDCausalLMOutput(states=states, past_key_values=inner.past_key_values)
         if not routing.enabled:
             return output
         return self.output_class(**output, **self.decided(routing))

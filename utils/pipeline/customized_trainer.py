@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer
 
 from utils.io.errors import UserError
 
-from .losses import capacity_hinge, executed_inputs
+from .batches import IGNORE_INDEX, SupervisedBatches
+from .losses import capacity_hinge, executed_inputs, next_token_nll
 from .metrics import RoutingMeter
 from .processes import Termination
 from .training_checkpoint import TrainingCheckpoints
@@ -36,6 +38,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.data_collator = SupervisedBatches(self.data_collator)
+        self.loss_is_scaled_for_ga = True  # by `compute_loss`
         self._train_sampler = train_sampler
         if self.is_fsdp_enabled:
             raise UserError("FSDP is not supported; DeepSpeed is (configs/accelerate)")
@@ -46,8 +50,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._window_sequences: float | torch.Tensor = 0.0
         self._route = True
         # processes that skip different layers would gather different weights, and wait for each other for ever
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        self._eval_execution = "dense" if zero3 else None
+        self._zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        self._eval_execution = "dense" if self._zero3 else None
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -65,7 +69,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         """Draw an accumulation window's batches, and count its supervised tokens over all processes.
 
         So that all processes have as many batches, accelerate fills an epoch's last round with rows from the start:
-        their labels are taken away here, and they count for nothing.
+        their targets are taken away here, and they count for nothing.
         """
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
@@ -74,8 +78,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         # accelerate forgets the remainder when it skips to where a run left off (1.15)
         remainder = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
         real = self._real_rows(len(last["labels"]), remainder, last["labels"].device)
-        last["labels"] = last["labels"].masked_fill(~real[:, None], -100)
-        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        last["targets"] = _without(last, ~real)
+        last["real"] = real
+        tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in batches)
         sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
         received = torch.tensor(int(self.termination.received))
         counts = torch.stack([count.to(device) for count in (tokens, sequences, received)])
@@ -88,28 +93,41 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        tokens = (inputs["labels"][:, 1:] != -100).sum()
-        # undo the scaling by the window's tokens over all processes
-        nll = loss.detach() * num_items_in_batch / self.accelerator.num_processes
+        nll, outputs = self._task_loss(model, inputs, inputs["targets"])
         executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
-        real = (inputs["labels"] != -100).any(dim=1)  # as `get_batch_samples` leaves them
-        executed, sizes = executed * real, sizes * real
+        if "real" in inputs:
+            executed, sizes = executed * inputs["real"], sizes * inputs["real"]
         hinge = capacity_hinge(executed, sizes, self.args.target_capacity)
-        self._meters["train"].add(nll, tokens, hinge, executed, sizes)
+        self._meters["train"].add(nll, (inputs["targets"] != IGNORE_INDEX).sum(), hinge, executed, sizes)
+        # both over the accumulation window; what the processes' gradients are averaged to is the mean over all of them
+        loss = nll * self.accelerator.num_processes / num_items_in_batch
         loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
         return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, model, inputs, targets):
+        """Return the sum of the negative log-likelihoods of `targets`, and the model's outputs without logits."""
+        mask = inputs.get("attention_mask")
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            token_mask=None if mask is None else mask.bool(),
+            states_at=inputs["positions"],
+            route=self._route,
+            execution=None if model.training else self._eval_execution,
+            use_cache=False,
+        )
+        head = self.model.get_output_embeddings()
+        if self._zero3:  # the head's weight is in parts, which only calling the head puts together
+            return F.cross_entropy(head(outputs.states).float(), targets, reduction="sum"), outputs
+        return next_token_nll(outputs.states, head, targets), outputs
 
     def _evaluation_loss(self, model, inputs, return_outputs):
         """Return the mean over the batch's own tokens, and add its sums to the meter."""
         remainder = self.accelerator.gradient_state.remainder
         real = self._real_rows(len(inputs["labels"]), remainder, inputs["labels"].device)
-        labels = inputs["labels"].masked_fill(~real[:, None], -100)
-        tokens = (labels[:, 1:] != -100).sum()
-        outputs = model(
-            **(inputs | {"labels": labels}), route=self._route, execution=self._eval_execution, use_cache=False
-        )
-        nll = torch.where(tokens > 0, outputs.loss * tokens, 0.0)
+        targets = _without(inputs, ~real)
+        tokens = (targets != IGNORE_INDEX).sum()
+        nll, outputs = self._task_loss(model, inputs, targets)
+        loss = nll / tokens
         if self._route:
             executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
             executed, sizes = executed[:, real], sizes[real]
@@ -117,7 +135,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             self._meters["eval"].add(nll, tokens, hinge, executed, sizes)
         else:
             self._meters["eval"].add(nll, tokens)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return (loss, outputs) if return_outputs else loss
 
     def _real_rows(self, rows: int, remainder: int, device: torch.device) -> torch.Tensor:
         """Tell, bool [rows], which rows of the batch that was drawn last are not there for the second time.
@@ -144,3 +162,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums.clone(), reduction="sum")
+
+
+def _without(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """Return a batch's targets, -100 in the rows that `rows`, bool [batch], is True for."""
+    return batch["targets"].masked_fill(rows[batch["positions"] // batch["labels"].shape[1]], IGNORE_INDEX)

@@ -1,0 +1,43 @@
+"""What the loss needs to know of a batch, found on the host while the batch is still there.
+
+Which positions have a label decides how much is computed. Asked on the device, each step would wait for the answer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class SupervisedBatches:
+    """Wraps a collator and adds where its batches are supervised.
+
+    Args:
+        collate: returns `input_ids` and `labels`, int64 [batch, tokens], and, where rows are padded, `attention_mask`.
+    """
+
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Return the batch with `positions`, int64 [supervised], and `targets`, int64 [supervised].
+
+        A position is an index into the flattened [batch * tokens]; the hidden state there predicts its target, the next
+        token.
+
+        Raises:
+            ValueError: rows are padded on the left: training leaves the attention mask out, since no token attends to
+                padding on its right.
+        """
+        batch = dict(self.collate(features))
+        mask = batch.get("attention_mask")
+        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+            raise ValueError("the collator pads on the left; training needs padding on the right")
+        labels = batch["labels"]
+        rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        batch["positions"] = rows * labels.shape[1] + columns
+        batch["targets"] = labels[rows, columns + 1]
+        return batch
