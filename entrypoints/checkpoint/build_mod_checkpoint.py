@@ -22,6 +22,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--mod_n", type=int, help="number of routed layers; default: the folder's, or half of them")
     parser.add_argument("--granularity", help="what is gated, for what unit; default: the folder's, or attn_sequence")
     parser.add_argument("--threshold", type=float, help="inputs are kept where sigmoid(logit) >= threshold")
+    parser.add_argument(
+        "--merge_lora", type=Path, help="instead of a base: output directory of a run with --use_lora, to be merged"
+    )
     parser.add_argument("--save_base", choices=("link", "copy"), default="link", help="link the base's weights or copy")
     parser.add_argument("--overwrite", action="store_true", help="build again where a checkpoint is already there")
     return parser.parse_args()
@@ -37,6 +40,9 @@ def main() -> None:
     if not args.folder_name or Path(args.folder_name).name != args.folder_name:
         raise UserError(f"folder_name {args.folder_name!r} must be a plain name, of a folder under {args.ckpt_root}")
     output_dir = args.ckpt_root / args.folder_name
+    if args.merge_lora is not None:
+        merge(args, output_dir)
+        return
     variant = read_config(output_dir) if (output_dir / "config.json").is_file() else None
     base_model = args.base_model or (variant or {}).get("mod", {}).get("base_model")
     if base_model is None:
@@ -59,6 +65,22 @@ def main() -> None:
     how = build_mod_checkpoint(base_dir, output_dir, settings, copy_base=args.save_base == "copy")
     logging.info("%s: %s of layers %s", base_model, settings.granularity, list(settings.layers))
     logging.info("base weights: %s", how)
+    print(output_dir)
+
+
+def merge(args: Namespace, output_dir: Path) -> None:
+    """Write the checkpoint of a run with LoRA, its adapter merged into the weights."""
+    from utils.model.checkpoint import merge_adapter
+
+    for name in ("base_model", "mod_n", "granularity", "threshold"):
+        if getattr(args, name) is not None:
+            raise UserError(f"{name} and merge_lora exclude each other: what is merged has its own")
+    if output_dir.resolve() == args.merge_lora.resolve():
+        raise UserError(f"merge_lora {args.merge_lora} can't be merged into itself; choose another --folder_name")
+    if output_dir.exists() and not args.overwrite:
+        raise UserError(f"{output_dir} is there already; choose another --folder_name, or --overwrite it")
+    merge_adapter(args.merge_lora, output_dir)
+    logging.info("%s: adapter merged into the weights", args.merge_lora)
     print(output_dir)
 
 

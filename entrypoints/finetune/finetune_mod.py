@@ -20,6 +20,7 @@ def main() -> int | None:
 
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import load_tokenizer, make_settings, read_config
+    from utils.model.lora import holds_adapter
     from utils.pipeline.arguments import parse_arguments
     from utils.pipeline.processes import TERMINATED, check_joined, check_started, on_main_process
     from utils.pipeline.run_directory import agree_on_run, checkpoint_to_resume, claim_output_directory
@@ -35,6 +36,10 @@ def main() -> int | None:
     with training_args.main_process_first(local=False, desc="finding the base model"):
         model_dir = resolve_base_model(model_args.model_name_or_path)
     config = read_config(model_dir)
+    if holds_adapter(model_dir):
+        raise UserError(
+            f"{model_dir} holds a LoRA adapter: merge it first, with build_mod_checkpoint.py --merge_lora {model_dir}"
+        )
     settings = make_settings(
         config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
     )
@@ -128,6 +133,7 @@ def prepare_model(model_args, training_args, model_dir, settings):
     from transformers.trainer_pt_utils import get_model_param_count
 
     from utils.model.checkpoint import load_mod_model, load_routers
+    from utils.model.lora import add_lora
     from utils.pipeline.customized_trainer import freeze_backbone
 
     dtype = model_args.dtype
@@ -141,6 +147,15 @@ def prepare_model(model_args, training_args, model_dir, settings):
         load_routers(model, model_args.router_dir)
     if training_args.router_only:
         freeze_backbone(model)
+    if training_args.use_lora:
+        add_lora(
+            model,
+            rank=training_args.lora_rank,
+            alpha=training_args.lora_alpha,
+            dropout=training_args.lora_dropout,
+            targets=training_args.lora_target_modules,
+            only_routed=training_args.lora_layers == "routed",
+        )
     total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
     logging.info("%s: routing %s in layers %s", model_dir, settings.granularity, list(settings.layers))
     logging.info("%d of %d parameters train (%.4f%%)", trained, total, 100 * trained / total)
@@ -200,6 +215,7 @@ def save(trainer, model_args, model_dir, settings, results) -> None:
     from utils.pipeline.report import run_table
 
     routers = trainer.router_state()
+    adapter = trainer.adapter()
     trained_base = None
     if not trainer.args.router_only:
         trained_base = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -208,7 +224,13 @@ def save(trainer, model_args, model_dir, settings, results) -> None:
     output_dir = Path(trainer.args.output_dir)
     write_json(output_dir / "results.json", results)
     how = write_checkpoint(
-        output_dir, model_dir, settings, routers, copy_base=model_args.save_base == "copy", trained_base=trained_base
+        output_dir,
+        model_dir,
+        settings,
+        routers,
+        copy_base=model_args.save_base == "copy",
+        trained_base=trained_base,
+        adapter=adapter,
     )
     logging.info("base weights: %s", how)
     print(run_table(results))

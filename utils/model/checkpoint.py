@@ -29,6 +29,7 @@ from utils.io.errors import UserError
 from utils.io.files import atomic_file, link_or_copy, write_json
 
 from .configuration_mod import EXPERT_GRANULARITY, MoDSettings, routed_layers
+from .lora import ADAPTER_FILES, Adapter, holds_adapter, merged_weights
 from .modeling_mod import MoDLlamaForCausalLM, MoDMistralForCausalLM, MoDQwen2ForCausalLM, MoDQwen3ForCausalLM
 from .modeling_moe_mod import (
     MoDDeepseekV2ForCausalLM,
@@ -274,6 +275,7 @@ def write_checkpoint(
     routers: dict[str, torch.Tensor],
     copy_base: bool = False,
     trained_base: dict[str, torch.Tensor] | None = None,
+    adapter: Adapter | None = None,
 ) -> str:
     """Write a MoD checkpoint into `output_dir`, which may hold other files; the index comes last.
 
@@ -281,6 +283,7 @@ def write_checkpoint(
         source_dir: a dense or MoD checkpoint that the base's weights, config and tokenizer are taken from.
         routers: contract name -> float32 [1, hidden_size], or for experts [num_experts, hidden_size].
         trained_base: all other weights, where they were trained too; written instead of linked.
+        adapter: LoRA weights that were trained beside the routers; transformers applies them when it loads.
 
     Returns:
         How the base's weights got there: `hard link`, `symbolic link`, `copy` or `trained weights`.
@@ -292,7 +295,8 @@ def write_checkpoint(
     if any(not torch.isfinite(tensor).all() for tensor in routers.values()):
         raise UserError(f"{output_dir}: not written, as the routers are not finite; was the learning rate too high?")
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / INDEX_FILE).unlink(missing_ok=True)
+    for name in (INDEX_FILE, *ADAPTER_FILES):
+        (output_dir / name).unlink(missing_ok=True)
     for left_over in [*output_dir.glob(".checkpoint.*"), *output_dir.glob("base*.safetensors")]:
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
     with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=output_dir) as temporary:
@@ -308,6 +312,8 @@ def write_checkpoint(
             }
             mapping, how = _save_base(staged, _in_dtype_of(source_dir, base_files, weights)), "trained weights"
         save_routers(staged / ROUTERS_FILE, routers, settings)
+        if adapter is not None:
+            adapter.save(staged)
         for path in _companions(source_dir):
             shutil.copyfile(path, staged / path.name)
         _name_tokenizer_class(source_dir, staged)
@@ -320,6 +326,28 @@ def write_checkpoint(
         for path in sorted(staged.iterdir(), key=lambda path: path.name == INDEX_FILE):
             os.replace(path, output_dir / path.name)
     return how
+
+
+def merge_adapter(trained_dir: str | Path, output_dir: str | Path) -> str:
+    """Write the MoD checkpoint that a run with LoRA ends in, its adapter merged into the weights.
+
+    Args:
+        trained_dir: the run's output directory.
+        output_dir: another directory; made if it is not there.
+
+    Returns:
+        How the base's weights got there: `trained weights`.
+
+    Raises:
+        UserError: there is no adapter in `trained_dir`, or it is not a MoD checkpoint.
+    """
+    config = read_config(trained_dir)
+    if not (is_mod(config) and holds_adapter(trained_dir)):
+        raise UserError(f"{trained_dir}: nothing to merge, it is not the output of a run with --use_lora")
+    model = load_mod_model(trained_dir, dtype=torch.float32)
+    routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
+    settings = MoDSettings.from_dict(config["mod"])
+    return write_checkpoint(output_dir, trained_dir, settings, routers, trained_base=merged_weights(model))
 
 
 def mod_config(source_config: dict[str, Any], settings: MoDSettings) -> dict[str, Any]:

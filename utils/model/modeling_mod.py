@@ -5,6 +5,7 @@ masks and rotary embeddings are transformers' own. This file travels inside ever
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_peft_available
 
 from .cache_mod import MoDCache, NoCache, adapt_cache, check_cache, refuse_decisions
 from .configuration_mod import (
@@ -117,6 +118,8 @@ class MoDPreTrainedMixin:
         Raises:
             ValueError: a weight is missing, unknown or of another shape; the message names it.
         """
+        if args and not is_peft_available() and Path(args[0], "adapter_config.json").is_file():
+            raise ValueError(f"{args[0]} holds a LoRA adapter, which needs peft: pip install peft")
         # transformers' own error over a shape doesn't name the weight
         model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         if not ignore_mismatched_sizes:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NoReturn
 
 import torch
@@ -103,7 +103,11 @@ class RouterTrainingArguments(TrainingArguments):
         "(Eq. 10; the paper's 0.5).",
     )
     router_only: bool = field(
-        default=True, metadata={"help": "Train the routers and nothing else; False trains the backbone as well."}
+        default=True,
+        metadata={
+            "help": "Train the routers and nothing else; False trains the backbone as well, or with --use_lora its "
+            "adapters only."
+        },
     )
     global_batch_size: int = field(
         default=64,
@@ -113,7 +117,32 @@ class RouterTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Peak learning rate. Default: 0.5 / hidden size, as an Adam step moves a logit by about the rate "
-            "times the hidden size; 1.2e-4 at the paper's 4096, within its grid. With a trained backbone: 2e-5."
+            "times the hidden size; 1.2e-4 at the paper's 4096, within its grid. With a trained backbone, or with "
+            "LoRA, it is theirs and not the routers': 2e-5, or 1e-4."
+        },
+    )
+    router_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of the routers where not only they train. Default: 0.5 / hidden size, as above."
+        },
+    )
+    use_lora: bool = field(
+        default=False,
+        metadata={"help": "Train LoRA adapters (peft) together with the routers; the backbone is frozen."},
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=16.0, metadata={"help": "The adapters' output is scaled by alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Probability of dropping an adapter's input."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules with an adapter. Default: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj."},
+    )
+    lora_layers: str = field(
+        default="all",
+        metadata={
+            "help": "Layers with adapters: all, or routed ones only, which leaves the layers below without a backward, "
+            "as without LoRA."
         },
     )
     warmup_steps: float = field(
@@ -151,6 +180,9 @@ class RouterTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check()
+        self._check_lora()
+        if self.use_lora:
+            self.router_only = True  # the backbone is frozen, whichever of the two was meant
         deepspeed = deepspeed_was_asked_for()
         zero3 = zero_stage() == 3
         on_gpu = not self.use_cpu and torch.cuda.is_available()
@@ -173,9 +205,14 @@ class RouterTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def choose_learning_rate(self, hidden_size: int) -> None:
-        """Set the learning rate, where none was given, for a model of this width."""
+        """Set the learning rates, where none were given, for a model of this width."""
+        default = 0.5 / hidden_size
+        if self.use_lora or not self.router_only:
+            if self.router_learning_rate is None:
+                self.router_learning_rate = default
+            default = 1e-4 if self.use_lora else 2e-5
         if self.learning_rate is None:
-            self.learning_rate = 0.5 / hidden_size if self.router_only else 2e-5
+            self.learning_rate = default
 
     def _check(self) -> None:
         """Raise `UserError` for what `TrainingArguments` would accept, or refuse with a traceback much later."""
@@ -183,7 +220,7 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
         if not (math.isfinite(self.gradient_scale) and self.gradient_scale >= 0.0):
             raise UserError(f"gradient_scale {self.gradient_scale} must be a number that is not negative")
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "router_learning_rate", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0.0):
                 raise UserError(f"{name} {value} must be a number that is not negative")
@@ -211,6 +248,24 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError("save_on_each_node is not supported: output_dir is one for all machines, on a shared disk")
         if self.push_to_hub:
             raise UserError("push_to_hub is not supported: upload the output directory with `hf upload`")
+
+    def _check_lora(self) -> None:
+        """Raise `UserError` for what contradicts itself in who trains how."""
+        if self.router_learning_rate is not None and self.router_only and not self.use_lora:
+            raise UserError("router_learning_rate: only routers train here, at --learning_rate; give that one")
+        _choice("lora_layers", self.lora_layers, ("all", "routed"))
+        if self.lora_rank < 1:
+            raise UserError(f"lora_rank {self.lora_rank} must be at least 1")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0.0):
+            raise UserError(f"lora_alpha {self.lora_alpha} must be a number above 0")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(f"lora_dropout {self.lora_dropout} must be at least 0 and below 1")
+        if self.use_lora and zero_stage() == 3:
+            raise UserError("use_lora does not work under ZeRO-3, which has the weights in parts; ZeRO-1 and 2 do")
+        for option in fields(self):
+            given = option.name.startswith("lora_") and getattr(self, option.name) != option.default
+            if given and not self.use_lora:
+                raise UserError(f"{option.name} needs --use_lora true")
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:

@@ -137,6 +137,18 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             self._meters["eval"].add(nll, tokens)
         return (loss, outputs) if return_outputs else loss
 
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None or self.args.router_learning_rate is None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        routers = {id(router.weight) for router in self.model.router_modules().values()}
+        for group in list(optimizer.param_groups):
+            apart = [parameter for parameter in group["params"] if id(parameter) in routers]
+            if apart:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
+                optimizer.add_param_group({**group, "params": apart, "lr": self.args.router_learning_rate})
+        return optimizer
+
     def _real_rows(self, rows: int, remainder: int, device: torch.device) -> torch.Tensor:
         """Tell, bool [rows], which rows of the batch that was drawn last are not there for the second time.
 
@@ -152,6 +164,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         # `logs` is changed in place: `evaluate` returns the same dict
         if "loss" in logs:
             logs |= self._meters["train"].flush(self._sum_over_processes)
+            if self.args.router_learning_rate is not None:
+                logs["router_learning_rate"] = self.lr_scheduler.get_last_lr()[-1]  # the group that came last
         for key in [key for key in logs if key.endswith("_loss") and f"{key[:-5]}_runtime" in logs]:
             if key != "train_loss":  # an evaluation's: Trainer's is a mean of batch means
                 means = self._meters["eval"].flush(self._sum_over_processes)

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from utils.io.errors import UserError
 from utils.io.files import atomic_file, write_json
 from utils.model.checkpoint import ROUTERS_FILE, load_routers, router_name, save_routers
+from utils.model.lora import Adapter, adapter_of, load_adapter
 
 from .optimizer_state import gather_optimizer_state, restore_optimizer_state
 from .processes import check_engine, from_every_process
@@ -104,19 +105,34 @@ class TrainingCheckpoints:
             routers = {name: weight if full[name] is None else full[name] for name, weight in routers.items()}
         return {name: weight.detach().float().cpu().clone() for name, weight in routers.items()}
 
+    def adapter(self) -> Adapter | None:
+        """Return the LoRA adapter that is trained, or None; every process must call it."""
+        if not self.args.use_lora:
+            return None
+        if self.is_deepspeed_enabled and self.optimizer is not None:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            return adapter_of(self.model, safe_get_full_fp32_param)
+        return adapter_of(self.model)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the routers into a training checkpoint; with a trained backbone, all weights."""
         if not self.args.router_only:
             super().save_model(output_dir, _internal_call)
         routers = self._gathered["routers"] if self._gathered else self.router_state()
+        adapter = self._gathered["adapter"] if self._gathered else self.adapter()
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
             save_routers(directory / ROUTERS_FILE, routers, self.model.config.mod_settings)
+            if adapter is not None:
+                adapter.save(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.args.router_only:
             load_routers(model if model is not None else self.model, resume_from_checkpoint)
+            if self.args.use_lora:
+                load_adapter(model if model is not None else self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -189,6 +205,7 @@ class TrainingCheckpoints:
             raise OSError(problem)
         return {
             "routers": self.router_state(),
+            "adapter": self.adapter(),
             "optimizer": gather_optimizer_state(self.model, self.optimizer, self.args.should_save),
             "random_states": {name: content for name, content, _ in random_states},
         }
