@@ -67,9 +67,9 @@ class TestARun:
         (run_directory,) = (trained[0] / "runs").iterdir()
         accumulator = EventAccumulator(str(run_directory))
         accumulator.Reload()
-        assert {f"train/capacity/layer_{i}" for i in (2, 3, 4)} | {"train/loss", "train/capacity"} <= set(
-            accumulator.Tags()["scalars"]
-        )
+        assert {f"train/capacity/layer_{i}" for i in (2, 3, 4)} | {
+            f"train/{name}" for name in ("loss", "task_loss", "mod_loss", "capacity")
+        } <= set(accumulator.Tags()["scalars"])
 
     def test_output_loads_without_the_repository_with_equal_logits(self, trained, tmp_path):
         from transformers import AutoTokenizer

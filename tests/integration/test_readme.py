@@ -29,6 +29,11 @@ ARGUMENTS_ONLY = {  # command -> what is added so that it ends after its argumen
     "bash scripts/test.sh": "--collect-only -q tests/unit/test_house_rules.py",
     "bash scripts/data/download.sh": "--help",
     "bash scripts/evaluate.sh path/to/output --tasks piqa openbookqa --limit 200": "--help",  # its data is on the hub
+    # each has a test of its own
+    "python entrypoints/checkpoint/build_mod_checkpoint.py --folder_name merged-mod "
+    "--merge_lora path/to/output": "--help",
+    "python entrypoints/finetune/benchmark_step.py ckpt/smollm2-135m-mod --train_file "
+    "data/sample/reformatted/alpaca/data.jsonl": "--help",
 }
 
 

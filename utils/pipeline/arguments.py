@@ -183,6 +183,8 @@ class RouterTrainingArguments(TrainingArguments):
         self._check_lora()
         if self.use_lora:
             self.router_only = True  # the backbone is frozen, whichever of the two was meant
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # there are none: what trains is in every step
         deepspeed = deepspeed_was_asked_for()
         zero3 = zero_stage() == 3
         on_gpu = not self.use_cpu and torch.cuda.is_available()
@@ -203,6 +205,8 @@ class RouterTrainingArguments(TrainingArguments):
             )
         self.gradient_accumulation_steps = steps
         super().__post_init__()
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError("activation_checkpointing_kwargs: use_reentrant loses the gradient of the capacity loss")
 
     def choose_learning_rate(self, hidden_size: int) -> None:
         """Set the learning rates, where none were given, for a model of this width."""
