@@ -183,8 +183,6 @@ class RouterTrainingArguments(TrainingArguments):
         self._check_lora()
         if self.use_lora:
             self.router_only = True  # the backbone is frozen, whichever of the two was meant
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # there are none: what trains is in every step
         deepspeed = deepspeed_was_asked_for()
         zero3 = zero_stage() == 3
         on_gpu = not self.use_cpu and torch.cuda.is_available()
