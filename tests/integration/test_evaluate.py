@@ -14,7 +14,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 from utils.evaluation.lm_eval_model import MoDLM
-from utils.evaluation.tasks import find_tasks, prepare_local_tasks, read_table
+from utils.evaluation.tasks import find_tasks, prepare_hub_tasks, prepare_local_tasks, read_table
 from utils.io.errors import UserError
 from utils.model.checkpoint import load_mod_model, load_tokenizer, make_settings, read_config, write_checkpoint
 from utils.model.configuration_mod import MoDSettings
@@ -262,6 +262,11 @@ def test_local_tasks_are_the_built_in_ones_but_for_their_data(repository, data_d
             for split in splits - {"fewshot_split"}:
                 assert entry.cfg[split] in (None, original.get(split))
     assert prepared["mmlu"].subtasks == 2
+    assert {task: ready.subtasks for task, ready in prepare_hub_tasks(table.columns, built_in).items()} == {
+        "rte": 1,
+        "mmlu": 57,
+        "gsm8k": 1,
+    }
 
     anatomy = local.load("local_mmlu_anatomy")["tasks"]["local_mmlu_anatomy"]
     anatomy.set_fewshot_seed(1234)
