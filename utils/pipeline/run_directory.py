@@ -119,7 +119,8 @@ def checkpoint_to_resume(training_args: TrainingArguments, run: dict[str, Any]) 
         problem = damage(resume)
         if problem:
             raise UserError(f"resume_from_checkpoint {resume}: not a whole checkpoint: {problem}")
-        _refuse_difference(f"resume_from_checkpoint {resume} is", read_manifest(resume)["run"], run["identity"])
+        held, way_out = read_manifest(resume)["run"], "name one of this run's"
+        _refuse_difference(f"resume_from_checkpoint {resume} is of", held, run["identity"], way_out)
     if resume:
         parts = read_manifest(resume)["parts"]
         if parts not in (None, training_args.world_size):
@@ -163,18 +164,17 @@ def _refuse_other_run(output_dir: Path, run: dict[str, Any]) -> None:
         held = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))["identity"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{output_dir / RUN_FILE} is damaged; choose another --output_dir") from None
-    _refuse_difference(f"output_dir {output_dir} holds", held, run["identity"])
+    _refuse_difference(f"output_dir {output_dir} holds", held, run["identity"], "choose another --output_dir")
     if (output_dir / INDEX_FILE).exists():
         raise UserError(f"output_dir {output_dir} holds this run, finished; choose another --output_dir to repeat it")
 
 
-def _refuse_difference(what: str, held: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+def _refuse_difference(what: str, held: dict[str, Any] | None, wanted: dict[str, Any], way_out: str) -> None:
     held = held or {}
     for name in sorted(held.keys() | wanted.keys()):
         if held.get(name) != wanted.get(name):
             raise UserError(
-                f"{what} another run: its {name} is {held.get(name)!r}, this one's {wanted.get(name)!r}; "
-                "choose another --output_dir"
+                f"{what} another run: its {name} is {held.get(name)!r}, this one's {wanted.get(name)!r}; {way_out}"
             )
 
 
