@@ -2,6 +2,7 @@
 """Build the MoD checkpoint of a dense base model: the base linked, routers at zero."""
 
 import logging
+import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
@@ -10,6 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from utils.io.errors import UserError, run_command
+
+SAMPLE = ROOT / "data/sample/alpaca/alpaca_data.json"
+"""Text that shows `--upcycle` which channels matter."""
 
 
 def parse_arguments() -> Namespace:
@@ -25,6 +29,13 @@ def parse_arguments() -> Namespace:
     parser.add_argument(
         "--merge_lora", type=Path, help="instead of a base: output directory of a run with --use_lora, to be merged"
     )
+    parser.add_argument(
+        "--upcycle",
+        type=int,
+        metavar="N",
+        help="make a mixture of N experts of a dense Llama first, untrained and in FOLDER_NAME-base, and route that",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what --upcycle draws: gates, and what experts lack")
     parser.add_argument("--save_base", choices=("link", "copy"), default="link", help="link the base's weights or copy")
     parser.add_argument("--overwrite", action="store_true", help="build again where a checkpoint is already there")
     return parser.parse_args()
@@ -34,8 +45,12 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    import torch
+
+    from utils.evaluation.prompts import cut_prompts, read_text
     from utils.model.base_models import resolve_base_model
-    from utils.model.checkpoint import INDEX_FILE, build_mod_checkpoint, make_settings, read_config
+    from utils.model.checkpoint import INDEX_FILE, build_mod_checkpoint, load_tokenizer, make_settings, read_config
+    from utils.model.upcycling import mixtral_config, upcycle
 
     if not args.folder_name or Path(args.folder_name).name != args.folder_name:
         raise UserError(f"folder_name {args.folder_name!r} must be a plain name, of a folder under {args.ckpt_root}")
@@ -53,6 +68,8 @@ def main() -> None:
 
     base_dir = resolve_base_model(base_model)
     base = read_config(base_dir)
+    if args.upcycle is not None:
+        base = mixtral_config(base, args.upcycle)
     for name, ours in (("model_type", "mod_" + base["model_type"]), ("num_hidden_layers", base["num_hidden_layers"])):
         if variant is not None and variant[name] != ours:
             raise UserError(
@@ -61,7 +78,18 @@ def main() -> None:
             )
     # of a local base only the name: the checkpoint travels, its maker's folders don't
     name = Path(base_model).resolve().name if Path(base_model).is_dir() else base_model
+    if args.upcycle is not None:
+        name += f", upcycled to {args.upcycle} experts"
     settings = make_settings(variant or base, args.mod_n, args.granularity, args.threshold, base_model=name)
+    if args.upcycle is not None:
+        upcycled = output_dir.with_name(f"{output_dir.name}-base")
+        if upcycled.exists() and not args.overwrite:
+            raise UserError(f"{upcycled} is there already; build it again with --overwrite")
+        shutil.rmtree(upcycled, ignore_errors=True)
+        token_ids = load_tokenizer(base_dir)(read_text(SAMPLE), add_special_tokens=False, verbose=False).input_ids
+        upcycle(base_dir, upcycled, args.upcycle, cut_prompts(torch.tensor(token_ids), 4, 256), args.seed)
+        logging.info("%s: a mixture of %d experts, untrained, in %s", base_model, args.upcycle, upcycled)
+        base_dir = upcycled
     how = build_mod_checkpoint(base_dir, output_dir, settings, copy_base=args.save_base == "copy")
     logging.info("%s: %s of layers %s", base_model, settings.granularity, list(settings.layers))
     logging.info("base weights: %s", how)
@@ -72,7 +100,7 @@ def merge(args: Namespace, output_dir: Path) -> None:
     """Write the checkpoint of a run with LoRA, its adapter merged into the weights."""
     from utils.model.checkpoint import merge_adapter
 
-    for name in ("base_model", "mod_n", "granularity", "threshold"):
+    for name in ("base_model", "mod_n", "granularity", "threshold", "upcycle"):
         if getattr(args, name) is not None:
             raise UserError(f"{name} and merge_lora exclude each other: what is merged has its own")
     if output_dir.resolve() == args.merge_lora.resolve():

@@ -25,6 +25,7 @@ LINES = [
 COMMANDS = list(dict.fromkeys(line for line in LINES if line))
 NAMED_PATHS = sorted(set(re.findall(r"`((?:entrypoints|scripts|configs|utils|ckpt|tests)/[\w./-]*)`", README)))
 DRY_RUN = "scripts/finetune_mod.sh"
+MIXTURE = "smollm2-moe-mod"
 ARGUMENTS_ONLY = {  # command -> what is added so that it ends after its arguments were understood
     "bash scripts/test.sh": "--collect-only -q tests/unit/test_house_rules.py",
     "bash scripts/data/download.sh": "--help",
@@ -83,6 +84,12 @@ def test_command(copy, command):
         start(copy, f"bash scripts/data/reformat.sh && {command} --portions alpaca=1 meta_math_qa=2")
     elif command.startswith("python entrypoints/data/mix_datasets.py"):
         start(copy, f"bash scripts/data/reformat.sh && {command}")
+    elif MIXTURE in command:
+        (build,) = (word for word in COMMANDS if "--upcycle" in word)
+        if not (copy / f"ckpt/{MIXTURE}").exists():
+            start(copy, build.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "path/to/base"))
+        if command != build:
+            start(copy, command)
     else:
         start(copy, f"{command} {ARGUMENTS_ONLY.get(command, '')}")
 

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from model_zoo import ARCHITECTURES, NUM_LAYERS, make_base, make_pair, random_tokens, randomize_routers
+from model_zoo import (
+    ARCHITECTURES,
+    MOE_ARCHITECTURES,
+    NUM_LAYERS,
+    make_base,
+    make_pair,
+    random_tokens,
+    randomize_routers,
+)
 
 from utils.evaluation.benchmark import CheckFailedError, check_columns, measure_cell, skippable_share, table
 from utils.evaluation.columns import COLUMNS, make_columns
@@ -26,6 +34,26 @@ def columns_of(granularity: str, arch: str = "llama", layers=(1, 3, 4), share: f
 @pytest.mark.parametrize("arch", list(ARCHITECTURES))
 def test_the_check_passes_for_all_columns(arch, granularity):
     assert check_columns(columns_of(granularity, arch), TEXT, length=24) < 1e-5
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_token", "expert_token"])
+@pytest.mark.parametrize("arch", list(MOE_ARCHITECTURES))
+def test_the_check_passes_for_all_columns_of_a_mixture_of_experts(arch, granularity):
+    assert check_columns(columns_of(granularity, arch), TEXT, length=24) < 1e-5
+
+
+def test_random_routing_of_experts_keeps_about_the_share_that_was_asked_for():
+    random = next(column for column in columns_of("expert_token", "olmoe", share=0.75) if column.name == "random")
+    with torch.no_grad():
+        gates = random.model(random_tokens(8, 50)).router_gates
+    assert gates.mean().item() == pytest.approx(0.75, abs=0.03)  # of pairs, of which the gate takes some
+
+
+def test_a_cell_of_experts_says_what_was_saved():
+    cell = measure_cell(columns_of("expert_token", "mixtral"), TEXT, batch=4, length=20, decode_tokens=2, repeats=1)
+    assert cell["skippable_share_of_branch"] == {"prefill": 1.0, "decode": 1.0}
+    assert cell["columns"]["random"]["prefill"]["saving_reached"]
+    assert cell["columns"]["all_skipped"]["share_executed"] == 0
 
 
 @every_granularity

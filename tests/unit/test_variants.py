@@ -14,6 +14,8 @@ VARIANTS = {  # folder -> base, billions of parameters, routed layers
     "mistral-7b-mod": ("mistralai/Mistral-7B-v0.3", 7.248, range(15, 31)),
     "qwen-2.5-7b-mod": ("Qwen/Qwen2.5-7B", 7.616, range(13, 27)),
     "llama3-8b-instruct-mod": ("meta-llama/Meta-Llama-3-8B-Instruct", 8.030, range(15, 31)),
+    "olmoe-1b-7b-mod": ("allenai/OLMoE-1B-7B-0924", 6.920, range(7, 15)),  # 6.919 and a million for the routers
+    "deepseek-v2-lite-mod": ("deepseek-ai/DeepSeek-V2-Lite", 15.708, range(13, 26)),
 }
 
 

@@ -70,12 +70,13 @@ def check_columns(columns: Sequence[Column], token_ids: torch.Tensor, length: in
         logits = torch.cat([output.logits for output in outputs], dim=1).float()
         if execution is None:
             return logits, None, None
+        # [routed layers, batch], and at token level [..., tokens] or for experts [..., tokens, top_k]
         join = torch.stack if outputs[0].router_gates.dim() == 2 else torch.cat
         scores, gates = (
-            join([getattr(output, name) for output in outputs], dim=-1).transpose(0, 1).flatten(2).float()
+            join([getattr(output, name) for output in outputs], dim=2).transpose(0, 1).float()
             for name in ("router_scores", "router_gates")
         )
-        return logits, scores, gates  # [batch, tokens, vocabulary] and twice [batch, routed layers, decisions]
+        return logits, scores, gates  # [batch, tokens, vocabulary] and twice [batch, routed layers, decisions, ...]
 
     def compare(what: str, logits: torch.Tensor, expected: torch.Tensor, rows: torch.Tensor) -> None:
         nonlocal worst
@@ -92,8 +93,8 @@ def check_columns(columns: Sequence[Column], token_ids: torch.Tensor, length: in
     for name in (column.name for column in columns if column.routed):
         logits, scores, gates = run(name, "sparse")
         expected, dense_scores, dense_gates = run(name, "dense")
-        if scores.shape[-1] == len(input_ids[0]):
-            real = mask.bool()[:, None].expand_as(gates)
+        if scores.shape[2] == len(input_ids[0]):
+            real = mask.bool()[:, None].view(batch, 1, -1, *[1] * (gates.dim() - 3)).expand_as(gates)
         else:
             real = torch.ones_like(gates, dtype=torch.bool)
         flipped = (gates != dense_gates) & real
@@ -230,7 +231,7 @@ def skippable_share(config, settings: MoDSettings, length: int, decode: bool) ->
         length: tokens of the prompt.
         decode: whether a query sees the whole prompt (decode) or, on average, half of it (prefill).
     """
-    if settings.level == "sequence" or settings.target == "mlp":
+    if settings.level == "sequence" or settings.target in ("mlp", "expert"):
         return 1.0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads * head_dim
@@ -253,8 +254,8 @@ def router_seconds(
 
     def run_all() -> None:
         for _ in range(calls):
-            for layer, router in routers.items():
-                decide(router, hidden_states, settings.level, settings.threshold_of(layer), token_mask=None)
+            for router in routers.values():
+                decide(router, hidden_states, settings.level, 0.5, token_mask=None)
 
     return statistics.median([stopwatch.time(run_all) for _ in range(repeats + 1)][1:]) / calls
 

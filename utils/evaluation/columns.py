@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from utils.model.cache_mod import MoDCache
 from utils.model.configuration_mod import MoDSettings
+from utils.model.moe_mod import add_shared_experts
 from utils.model.projections_mod import keys_and_values, queries_of
 from utils.model.routing_mod import MoDRouter
 
@@ -62,13 +63,14 @@ class RandomRouter(MoDRouter):
 
     Args:
         hidden_size: width of the model.
-        share: share of the inputs to keep.
+        share: share of the inputs to keep; where experts are routed, of all pairs of a token and an expert.
         offset: of `kept_of`.
         seed: of the choice.
+        num_experts: of a layer, where they are routed.
     """
 
-    def __init__(self, hidden_size: int, share: float, offset: float, seed: int):
-        super().__init__(hidden_size)
+    def __init__(self, hidden_size: int, share: float, offset: float, seed: int, num_experts: int | None = None):
+        super().__init__(hidden_size, num_experts)
         self.share, self.offset, self.seed = share, offset, seed
         self.drawn: dict[int, torch.Tensor] = {}
 
@@ -118,6 +120,23 @@ class WithoutBlock(nn.Module):
         return hidden_states
 
 
+class WithoutExperts(nn.Module):
+    """A decoder layer whose experts are gone, but for those that every token has."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.self_attn, self.input_layernorm = layer.self_attn, layer.input_layernorm
+        self.mlp, self.post_attention_layernorm = layer.mlp, layer.post_attention_layernorm
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Run attention and shared experts on `hidden_states` [batch, tokens, hidden_size]."""
+        hidden_states = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        if not hasattr(self.mlp, "shared_expert") and not hasattr(self.mlp, "shared_experts"):
+            return hidden_states
+        normed = self.post_attention_layernorm(hidden_states)
+        return add_shared_experts(self.mlp, normed, hidden_states)
+
+
 class ShareAlone(nn.Module):
     """A decoder layer whose branch runs on the first of its inputs alone: of the sequences, or of each one's tokens.
 
@@ -135,12 +154,14 @@ class ShareAlone(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Run the layer on `hidden_states` [batch, tokens, hidden_size]."""
         (rows, each), target = hidden_states.shape[:2], self.settings.target
-        if target == "mlp":
+        if target in ("mlp", "expert"):
             hidden_states = hidden_states + self._attend(hidden_states, **kwargs)
         if self.settings.level == "token" and each > 1:
             each = kept_of(each, self.share, self.offset)
         else:
             rows = kept_of(rows, self.share, self.offset)
+        if target == "expert":
+            return self._add_experts_to_part(hidden_states, rows, each)
         part = hidden_states[:rows, :each]
         if target != "mlp" and self.settings.level == "token":
             part = part + self._attend_part(hidden_states, rows, each, **kwargs)
@@ -182,8 +203,18 @@ class ShareAlone(nn.Module):
         )
         return attention.o_proj(output.transpose(1, 2).flatten(2))
 
+    def _add_experts_to_part(self, hidden_states: torch.Tensor, rows: int, each: int) -> torch.Tensor:
+        """Run the experts on `each` tokens of `rows` sequences, and those that every token has on all."""
+        block, normed = self.layer.mlp, self.layer.post_attention_layernorm(hidden_states)
+        output = torch.zeros_like(normed)
+        part = normed[:rows, :each].reshape(-1, normed.shape[-1])
+        if len(part) > 0:
+            _, weights, experts = block.gate(part)
+            output[:rows, :each] = block.experts(part, experts, weights).view(rows, each, -1)
+        return hidden_states + add_shared_experts(block, normed, output)
 
-_WITHOUT = {"attn": WithoutAttention, "mlp": WithoutMLP, "block": WithoutBlock}
+
+_WITHOUT = {"attn": WithoutAttention, "mlp": WithoutMLP, "block": WithoutBlock, "expert": WithoutExperts}
 
 
 class PartialCache(DynamicCache):
@@ -222,10 +253,11 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
         Columns in the order of `COLUMNS`; all share the parameters of `model` but for the routers.
     """
     settings: MoDSettings = model.config.mod_settings
-    at_zero = [MoDRouter(model.config.hidden_size) for _ in settings.layers]
+    num_experts = model.config.num_experts if settings.target == "expert" else None
+    at_zero = [MoDRouter(model.config.hidden_size, num_experts) for _ in settings.layers]
     places = [(number + 0.5) / len(settings.layers) for number in range(len(settings.layers))]
     random = [
-        RandomRouter(model.config.hidden_size, random_share, offset, SEED + index)
+        RandomRouter(model.config.hidden_size, random_share, offset, SEED + index, num_experts)
         for index, offset in zip(settings.layers, places, strict=True)
     ]
     oracle, alone = dense_twin(model), dense_twin(model)
@@ -235,7 +267,7 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
         layers = alone.get_decoder().layers
         layers[index] = ShareAlone(layers[index], settings, random_share, offset)
     depth = range(model.config.num_hidden_layers)
-    attending = [index for index in depth if settings.target == "mlp" or index not in settings.layers]
+    attending = [index for index in depth if settings.target in ("mlp", "expert") or index not in settings.layers]
     models = {
         "dense": dense_twin(model),
         "all_kept": routed_twin(model, at_zero, threshold=0.5),

@@ -135,8 +135,8 @@ def read_figure(kind: str, values: Sequence[tuple[str, Any]], layer: int | None 
     Args:
         kind: one of `KINDS`.
         values: name and content of each file: of `results.json` of a training run or the JSON of an evaluation for
-            `layers`, `trainer_state.json` for `training`, an evaluation's JSON for `experts`, and of one file as it is
-            for the others.
+            `layers`, `trainer_state.json` for `training`, the JSON of an evaluation or of `expert_load.py` for
+            `experts`, and of one file as it is for the others.
         layer: whose experts are drawn; default the first routed one.
 
     Raises:
@@ -148,7 +148,10 @@ def read_figure(kind: str, values: Sequence[tuple[str, Any]], layer: int | None 
         if kind == "training":
             return {name: value["log_history"] for name, value in values}
         if kind == "experts" and len(values) == 1 and "rows" in values[0][1]:
-            return _experts_of(values[0][1], layer)
+            rows = values[0][1]["rows"]["routed"].values()
+            return _experts_of([row["capacity"]["experts"] for row in rows], layer)
+        if kind == "experts" and len(values) == 1 and "experts" in values[0][1]:
+            return _experts_of([values[0][1]["experts"]], layer)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{', '.join(name for name, _ in values)}: not what {kind} is drawn from: {error!r}") from None
     if len(values) != 1:
@@ -183,9 +186,8 @@ def save_figure(kind: str, value: Any, path: Path, title: str | None = None) -> 
     return paths
 
 
-def _experts_of(evaluation: dict[str, Any], layer: int | None) -> dict[str, list[float]]:
-    """Return the tokens of each expert of a layer, over all tasks of an evaluation."""
-    counted = [result["capacity"]["experts"] for result in evaluation["rows"]["routed"].values()]
+def _experts_of(counted: list[dict[str, Any]], layer: int | None) -> dict[str, list[float]]:
+    """Return the tokens of each expert of a layer, over all that was counted."""
     chosen = str(layer) if layer is not None else next(iter(counted[0]))
     if chosen not in counted[0]:
         raise UserError(f"layer {layer} routes no experts; those that do are {', '.join(counted[0])}")

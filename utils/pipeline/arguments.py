@@ -32,7 +32,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "What is gated, and for what unit: attn_sequence, attn_token, mlp_sequence, mlp_token, "
-            "block_sequence or block_token. Default: the checkpoint's, or attn_sequence (the paper's best)."
+            "block_sequence or block_token; in mixtures of experts also expert_token. Default: the checkpoint's, or "
+            "attn_sequence (the paper's best)."
         },
     )
     router_dir: str | None = field(
