@@ -29,9 +29,10 @@ GRANULARITY="${GRANULARITY:-}"
 # How
 ROUTER_ONLY="${ROUTER_ONLY:-true}"
 TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
-GRADIENT_SCALE="${GRADIENT_SCALE:-0.3}"
-LEARNING_RATE="${LEARNING_RATE:-}" # empty: by the model's width
-WARMUP="${WARMUP:-0.25}"           # share of the steps in which it rises
+RECIPE="${RECIPE:-default}"          # or paper: the published loss
+GRADIENT_SCALE="${GRADIENT_SCALE:-}" # of the hinge; empty: the recipe's
+LEARNING_RATE="${LEARNING_RATE:-}"   # empty: the recipe's, by the model's width
+WARMUP="${WARMUP:-}"                 # share of the steps in which it rises; empty: the recipe's
 WEIGHT_DECAY="${WEIGHT_DECAY:-0.0}"
 NUM_EPOCHS="${NUM_EPOCHS:-1}"
 SEED="${SEED:-233}"
@@ -139,8 +140,7 @@ arguments+=(
   --max_seq_length "$MAX_SEQ_LENGTH"
   --router_only "$ROUTER_ONLY"
   --target_capacity "$TARGET_CAPACITY"
-  --gradient_scale "$GRADIENT_SCALE"
-  --warmup_steps "$WARMUP"
+  --recipe "$RECIPE"
   --weight_decay "$WEIGHT_DECAY"
   --num_train_epochs "$NUM_EPOCHS"
   --global_batch_size "$GLOBAL_BATCH_SIZE"
@@ -150,6 +150,8 @@ arguments+=(
 )
 if [[ -n "$MOD_N" ]]; then arguments+=(--mod_n "$MOD_N"); fi
 if [[ -n "$GRANULARITY" ]]; then arguments+=(--granularity "$GRANULARITY"); fi
+if [[ -n "$GRADIENT_SCALE" ]]; then arguments+=(--gradient_scale "$GRADIENT_SCALE"); fi
+if [[ -n "$WARMUP" ]]; then arguments+=(--warmup_steps "$WARMUP"); fi
 if [[ -n "$LEARNING_RATE" ]]; then arguments+=(--learning_rate "$LEARNING_RATE"); fi
 
 launch=(

@@ -43,13 +43,14 @@ def main() -> int | None:
     settings = make_settings(
         config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
     )
-    training_args.choose_learning_rate(config["hidden_size"])
+    training_args.suit_model(config["hidden_size"], settings.granularity)
     run = agree_on_run(model_args, data_args, training_args, model_dir)
     checkpoint = on_main_process(training_args, lambda: checkpoint_to_resume(training_args, run))
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_dir)
     train_set, eval_set = prepare_data(data_args, training_args, tokenizer)
+    train_set, calibration_set = set_aside(train_set, training_args.calibration_rows)
     model = prepare_model(model_args, training_args, model_dir, settings)
     trainer = make_trainer(model, training_args, tokenizer, train_set, eval_set, run)
     claim_output_directory(training_args, run)
@@ -62,9 +63,10 @@ def main() -> int | None:
         )
         return TERMINATED
     trainer.save_state()
+    trainer.finish(calibration_set)
 
     results = measure(trainer, eval_set)
-    save(trainer, model_args, model_dir, settings, results)
+    save(trainer, model_args, model_dir, results)
 
 
 def prepare_data(data_args, training_args, tokenizer):
@@ -125,6 +127,15 @@ def tokenize_rows(data_args, training_args, tokenizer):
         logging.info("%s rows: %s", name, report.summary())
         tokenized.append(dataset)
     return tokenized
+
+
+def set_aside(train_set, calibration_rows):
+    """Return the rows to train on, and up to so many rows, one in eight at most, to calibrate the thresholds on."""
+    count = min(calibration_rows, len(train_set) // 8)
+    if count == 0:
+        return train_set, []
+    last = len(train_set) - count
+    return train_set.select(range(last)), train_set.select(range(last, len(train_set)))
 
 
 def prepare_model(model_args, training_args, model_dir, settings):
@@ -208,7 +219,7 @@ def measure(trainer, eval_set):
     return results
 
 
-def save(trainer, model_args, model_dir, settings, results) -> None:
+def save(trainer, model_args, model_dir, results) -> None:
     """Write the checkpoint and the results, print the table and, last, the output directory."""
     from utils.io.files import write_json
     from utils.model.checkpoint import write_checkpoint
@@ -221,7 +232,7 @@ def save(trainer, model_args, model_dir, settings, results) -> None:
         trained_base = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
         return
-    output_dir = Path(trainer.args.output_dir)
+    output_dir, settings = Path(trainer.args.output_dir), trainer.model.config.mod_settings
     write_json(output_dir / "results.json", results)
     how = write_checkpoint(
         output_dir,

@@ -8,6 +8,9 @@ import torch
 from commands import run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+HINGE = ("--capacity_control", "hinge", "--distillation_weight", "0", "--calibration_rows", "0")
+"""What trains in the fewest moves, for tests of everything else."""
+
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory, repository, smollm2_dir):
@@ -44,13 +47,14 @@ def workplace(tmp_path_factory, repository, smollm2_dir):
 
 @pytest.fixture(scope="session")
 def finetune(workplace, repository):
-    def start(output_dir, *arguments, check=True, launcher=(sys.executable,), **environment):
+    def start(output_dir, *arguments, check=True, launcher=(sys.executable,), hinge=True, **environment):
         command = [
             *launcher,
             *(repository / "entrypoints/finetune/finetune_mod.py", "--model_name_or_path", workplace / "ckpt/tiny-mod"),
             *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
             *("--max_train_samples", 21, "--max_eval_samples", 7, "--max_seq_length", 160),
             *("--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", 1e-2),
+            *(HINGE if hinge else ()),
             *arguments,
         ]
         return run(*command, cwd=repository, check=check, **environment)

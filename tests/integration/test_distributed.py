@@ -1,5 +1,6 @@
 """The same command with one process, several, and several machines: the same routers, or one clear line."""
 
+import json
 import socket
 import threading
 
@@ -153,3 +154,23 @@ class TestMistakes:
             assert "Traceback" not in results[rank].stderr
             assert f"{asked} processes were asked for and 3 started" in results[rank].stderr
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "way"),
+    [
+        ("attn_sequence", "ddp"),
+        pytest.param("attn_token", "ddp", marks=SLOW),
+        pytest.param("attn_sequence", "deepspeed_zero1", marks=SLOW),
+        pytest.param("attn_token", "deepspeed_zero3", marks=SLOW),
+        pytest.param("block_sequence", "deepspeed_zero3", marks=SLOW),
+    ],
+)
+def test_the_default_recipe_gives_the_same_routers_and_thresholds(workplace, finetune, tmp_path, granularity, way):
+    arguments = ("--granularity", granularity, "--per_device_train_batch_size", 2)
+    finetune(tmp_path / "one", *arguments, hinge=False)
+    finetune(tmp_path / "other", *arguments, hinge=False, launcher=launcher(way), DS_ACCELERATOR="cpu")
+    assert_same_result(tmp_path / "one", tmp_path / "other", bound=2e-5)  # the rows' sums differ by rounding
+    one, other = (json.loads((tmp_path / name / "config.json").read_text())["mod"] for name in ("one", "other"))
+    assert other["threshold"] == pytest.approx(one["threshold"], abs=1e-4)
+    assert len(set(one["threshold"])) == 3

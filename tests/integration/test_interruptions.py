@@ -30,6 +30,7 @@ def start(workplace):
             *("--train_file", workplace / "data/alpaca/data.jsonl", "--output_dir", output_dir, "--use_cpu", "true"),
             *("--max_train_samples", 23, "--max_eval_samples", 7, "--max_seq_length", 160, "--num_train_epochs", 2),
             *("--global_batch_size", 2, "--per_device_train_batch_size", 1, "--learning_rate", 1e-2),
+            *("--capacity_control", "hinge", "--distillation_weight", 0, "--calibration_rows", 0),
             *("--save_steps", 1, "--gradient_scale", 1, *arguments),
         ]
         return subprocess.Popen(

@@ -64,9 +64,9 @@ def collate(rows):
 def make_trainer(base_dir, output_dir, granularity="attn_sequence", rows=None, routers_seed=5, **arguments):
     settings = make_settings(read_config(base_dir), mod_n=3, granularity=granularity)
     model = load_mod_model(base_dir, settings)
-    generator = torch.Generator().manual_seed(routers_seed)
+    generator = torch.Generator().manual_seed(routers_seed or 0)
     with torch.no_grad():
-        for router in model.router_modules().values():  # some inputs kept, some dropped
+        for router in model.router_modules().values() if routers_seed is not None else ():  # some kept, some dropped
             router.weight.copy_(0.3 * torch.randn(router.weight.shape, generator=generator))
     defaults = {
         "global_batch_size": 8,
@@ -74,6 +74,8 @@ def make_trainer(base_dir, output_dir, granularity="attn_sequence", rows=None, r
         "max_steps": 2,
         "warmup_steps": 0,
         "learning_rate": 1e-2,
+        "capacity_control": "hinge",
+        "distillation_weight": 0.0,
         "gradient_scale": 0.5,
         "train_sampling_strategy": "sequential",
         "report_to": "none",
@@ -352,3 +354,133 @@ class TestAccumulation:
         monkeypatch.setenv("WORLD_SIZE", "3")
         with pytest.raises(UserError, match="3 processes"):
             RouterTrainingArguments(output_dir=str(tmp_path), global_batch_size=8)
+
+
+class TestControls:
+    """The default recipe in the trainer: one row or eight at a time, cut short or not, the same routers."""
+
+    ARGUMENTS = {"distillation_weight": 1.0, "target_capacity": 0.6, "max_steps": 4}
+
+    @pytest.mark.parametrize(
+        ("control", "granularity"),
+        [
+            ("budget", "attn_sequence"),
+            ("budget", "attn_token"),
+            ("budget", "mlp_token"),
+            ("regression", "attn_sequence"),
+            ("regression", "block_sequence"),
+        ],
+    )
+    def test_one_row_eight_times_trains_as_eight_rows_once(self, base_dir, tmp_path, control, granularity):
+        states, settings = [], []
+        for size in (8, 1):
+            arguments = self.ARGUMENTS | {"per_device_train_batch_size": size, "capacity_control": control}
+            trainer = make_trainer(
+                base_dir, tmp_path / str(size), granularity, rows=make_rows(32), routers_seed=None, **arguments
+            )
+            trainer.train()
+            trainer.finish()
+            states.append(trainer.router_state())
+            settings.append(trainer.model.config.mod_settings)
+        for name, weight in states[0].items():
+            assert weight.any()
+            torch.testing.assert_close(states[1][name], weight, atol=2e-5, rtol=1e-3)
+        assert settings[1].threshold == pytest.approx(settings[0].threshold, abs=1e-4)
+
+    @pytest.mark.parametrize("control", ["budget", "regression"])
+    def test_activation_checkpointing_changes_nothing(self, base_dir, tmp_path, control):
+        settings = []
+        for again in (False, True):
+            arguments = self.ARGUMENTS | {"capacity_control": control, "activation_checkpointing": again}
+            trainer = make_trainer(base_dir, tmp_path / str(again), rows=make_rows(32), routers_seed=None, **arguments)
+            trainer.train()
+            trainer.finish()
+            settings.append(trainer.model.config.mod_settings)
+        assert settings[1].threshold == pytest.approx(settings[0].threshold, abs=1e-5)
+
+    @pytest.mark.parametrize("control", ["budget", "regression"])
+    def test_a_run_that_was_cut_short_goes_on_to_the_same_routers_and_thresholds(self, base_dir, tmp_path, control):
+        arguments = self.ARGUMENTS | {"save_strategy": "steps", "save_steps": 2, "capacity_control": control}
+        whole = make_trainer(base_dir, tmp_path / "whole", rows=make_rows(32), routers_seed=None, **arguments)
+        whole.train()
+        again = make_trainer(base_dir, tmp_path / "again", rows=make_rows(32), routers_seed=None, **arguments)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+        for trainer in (whole, again):
+            trainer.finish(make_rows(8, seed=9))
+        for name, weight in whole.router_state().items():
+            assert again.router_state()[name].equal(weight)
+        assert again.model.config.mod_settings == whole.model.config.mod_settings
+        assert len(set(whole.model.config.mod_settings.threshold)) > 1
+
+    @pytest.mark.parametrize(
+        ("control", "granularity"), [("budget", "attn_token"), ("regression", "mlp_sequence"), ("hinge", "block_token")]
+    )
+    def test_what_finish_settles_is_what_the_model_then_decides(self, base_dir, tmp_path, control, granularity):
+        arguments = self.ARGUMENTS | {"capacity_control": control}
+        trainer = make_trainer(base_dir, tmp_path, granularity, rows=make_rows(32), **arguments)
+        trainer.train()
+        rows = make_rows(80, seed=9)
+        trainer.finish(rows)
+        executed, inputs = 0.0, 0
+        trainer.model.eval()
+        for row in rows:
+            with torch.no_grad():
+                gates = trainer.model(**collate([row])).router_gates
+            executed, inputs = executed + gates.sum(), inputs + gates.numel()
+        assert float(executed / inputs) == pytest.approx(0.6, abs=0.02)
+
+
+def test_distillation_is_the_divergence_from_the_dense_model(base_dir, tmp_path):
+    """By hand, with the dense model run as a whole and the softmax written out."""
+    arguments = {"distillation_weight": 0.25, "gradient_scale": 0.0, "max_steps": 1}
+    trainer = make_trainer(base_dir, tmp_path, **arguments)
+    batch = trainer.data_collator(make_rows(8))
+    model, tokens = trainer.model.train(), (batch["labels"][:, 1:] != -100).sum()
+    trainer._window_sequences = 8
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=tokens)
+        text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        routed, dense = model(**text, execution="dense").logits, model(**text, route=False).logits
+    expected = 0.0
+    for row in range(8):
+        for place in range(batch["labels"].shape[1] - 1):
+            label = batch["labels"][row, place + 1]
+            if label != -100:
+                p, q = dense[row, place].softmax(0), routed[row, place].softmax(0)
+                expected += 0.25 * float((p * (p / q).log()).sum()) - 0.75 * float(q[label].log())
+    assert float(loss) == pytest.approx(expected / float(tokens), rel=1e-5)
+
+
+def test_the_papers_recipe_is_the_published_loss(base_dir, tmp_path):
+    """`L_task + lambda * ReLU(capacity - target)`, of a layer in a micro-batch (Eq. 9-10), by hand."""
+    recipe = {"capacity_control": None, "distillation_weight": None, "gradient_scale": None, "recipe": "paper"}
+    trainer = make_trainer(base_dir, tmp_path, target_capacity=0.3, **recipe)
+    args = trainer.args
+    assert (args.capacity_control, args.gradient_scale, args.calibration_rows, trainer.capacity_control) == (
+        "hinge",
+        0.1,
+        0,
+        None,
+    )
+    batch = trainer.data_collator(make_rows(8))
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    trainer._window_sequences = 8
+    model = trainer.model.train()
+    loss = trainer.compute_loss(model, batch, num_items_in_batch=tokens)
+    output = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
+    hinges = [max(float(layer.sum()) / 8 - 0.3, 0.0) for layer in output.router_gates.detach()]
+    assert 0 < sum(hinges) < 3 * 0.7, "the case is vacuous: everything is kept, or everything dropped"
+    assert float(loss) == pytest.approx(float(output.loss) + 0.1 * sum(hinges) / len(hinges), rel=1e-6)
+
+
+@pytest.mark.parametrize("execution", ["dense", "sparse"])
+def test_the_prompt_alone_decides_where_it_is_asked_to(base_dir, tmp_path, execution):
+    trainer = make_trainer(base_dir, tmp_path, sequence_pooling="prompt")
+    batch = trainer.data_collator(make_rows(4))
+    deciding = trainer._deciding_tokens(batch)
+    decided = trainer.model(batch["input_ids"], **deciding, execution=execution).router_scores
+    for row in range(4):
+        prompt = int((batch["labels"][row] != -100).int().argmax())
+        alone = trainer.model(batch["input_ids"][row : row + 1, :prompt], execution=execution).router_scores
+        torch.testing.assert_close(decided[0, row], alone[0, 0])  # later layers read what the whole row made of it
+    assert deciding["token_mask"].sum() < batch["attention_mask"].sum()

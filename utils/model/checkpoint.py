@@ -132,7 +132,10 @@ def make_settings(
             "target_capacity": target_capacity,
             "base_model": base_model,
         }
-        settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(settings.threshold, tuple) and {"layers", "granularity"} & set(given):
+            given.setdefault("threshold", 0.5)  # those of single routers hold for no others
+        settings = replace(settings, **given)
         if settings.granularity == EXPERT_GRANULARITY:
             _config_object(config, settings)  # knows which layers have experts
         return settings
@@ -199,14 +202,16 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
 
 def save_routers(path: str | Path, routers: dict[str, torch.Tensor], settings: MoDSettings) -> None:
     """Write routers alone, float32, atomically; the file says what they are for."""
-    metadata = {"format": "pt", "granularity": settings.granularity, "layers": json.dumps(list(settings.layers))}
+    fields = settings.to_dict()
+    metadata = {"format": "pt", "granularity": settings.granularity}
+    metadata |= {name: json.dumps(fields[name]) for name in ("layers", "threshold")}
     tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in routers.items()}
     with atomic_file(path, "wb") as file:
         file.write(to_safetensors(tensors, metadata))
 
 
 def load_routers(model: torch.nn.Module, path: str | Path) -> None:
-    """Load a router file, or the router file of a directory, into `model`.
+    """Load a router file, or the router file of a directory, into `model`, with its thresholds.
 
     Raises:
         UserError: there is no such file, or it is for other layers, another granularity or another hidden size.
@@ -217,9 +222,10 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
         raise UserError(f"{path}: no {ROUTERS_FILE} there to start from")
     settings = model.config.mod_settings
     with _open_safetensors(file_path) as file:
-        granularity = (file.metadata() or {}).get("granularity")
+        metadata = file.metadata() or {}
         routers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if granularity not in (None, settings.granularity):
+    granularity = metadata.get("granularity", settings.granularity)
+    if granularity != settings.granularity:
         raise UserError(f"{file_path}: routers for {granularity}, but this run routes {settings.granularity}")
     expected = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
     if set(routers) != set(expected):
@@ -230,6 +236,17 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
                 got, want = list(routers[name].shape), list(weight.shape)
                 raise UserError(f"{file_path}: {name} has shape {got}, expected {want}: it is another model's")
             weight.copy_(routers[name])
+    if "threshold" in metadata:
+        set_thresholds(model, json.loads(metadata["threshold"]))
+
+
+def set_thresholds(model: torch.nn.Module, threshold: float | list) -> None:
+    """Let a routed model decide by these thresholds, given as in `MoDSettings`."""
+    settings = replace(model.config.mod_settings, threshold=threshold)
+    model.config.mod = settings.to_dict()
+    for module in model.modules():
+        if hasattr(module, "mod_settings"):
+            module.mod_settings = settings
 
 
 def whole_parameters(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:

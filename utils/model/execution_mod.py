@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from .projections_mod import cache_no_rows
-from .routing_mod import Decision, Routing, decide
+from .routing_mod import Decision, Routing, decide, router_inputs
 from .token_attention_mod import attend_kept_tokens
 
 
@@ -172,8 +172,12 @@ def _recall(layer: torch.nn.Module, routing: Routing, cache: Any) -> Decision | 
 def _decide(layer: torch.nn.Module, normed: torch.Tensor, routing: Routing, cache: Any) -> Decision:
     """Decide on the normed input [batch, tokens, hidden_size], record it and let the cache hold it."""
     settings = layer.mod_settings
-    threshold = settings.threshold_of(layer.layer_idx)
-    decision = Decision(*decide(layer.router, normed, settings.level, threshold, routing.token_mask))
+    if routing.gate_rule is None:
+        threshold = settings.threshold_of(layer.layer_idx)
+        decision = Decision(*decide(layer.router, normed, settings.level, threshold, routing.token_mask))
+    else:
+        inputs = router_inputs(normed, settings.level, routing.token_mask)
+        decision = routing.gate_rule(layer.layer_idx, inputs)
     routing.decisions[layer.layer_idx] = decision
     if cache is not None and settings.level == "sequence":
         cache.layers[layer.layer_idx].hold(decision, packed=routing.sparse and settings.target != "mlp")

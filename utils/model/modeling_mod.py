@@ -4,6 +4,7 @@ The decoder layers of these architectures have the same body, so one layer mixin
 masks and rotary embeddings are transformers' own. This file travels inside every checkpoint, with its siblings.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from .configuration_mod import (
 )
 from .execution_mod import dense_forward, sparse_forward
 from .moe_mod import expert_forward
-from .routing_mod import MoDRouter, Routing
+from .routing_mod import Decision, MoDRouter, Routing
 
 
 @dataclass
@@ -292,9 +293,10 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
         drafted: bool = False,
         token_mask: torch.Tensor | None = None,
         states_at: torch.Tensor | None = None,
+        gate_rule: Callable[[int, torch.Tensor], Decision] | None = None,
         **kwargs,
     ) -> MoDCausalLMOutput | CausalLMOutputWithPast:
-        """Run the language model, as transformers' `forward` with five more keywords.
+        """Run the language model, as transformers' `forward` with six more keywords.
 
         Args:
             input_ids: int64 [batch, tokens], or `inputs_embeds` [batch, tokens, hidden_size].
@@ -311,20 +313,24 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
                 `attention_mask`: padding on the right needs no attention mask, as nothing real attends to it.
             states_at: int64 [positions], indices into the flattened [batch * tokens]: return the last hidden states
                 there as `states`, and no logits. For a loss that computes logits where it needs them.
+            gate_rule: decides instead of the threshold; see `Routing`.
 
         Returns:
             `MoDCausalLMOutput` with logits [batch, tokens, vocabulary], or states [positions, hidden_size].
 
         Raises:
             ValueError: the execution is unknown; attention maps are asked for in sparse execution; `labels` and
-                `states_at` are both given; a sequence decision would have to guess the padding from a mask that isn't
-                2D; or the cache is of a class that can't hold decisions, was filled without routing or by the other
-                execution, or by another batch size.
+                `states_at` are both given; experts are routed by a `gate_rule`; a sequence decision would have to
+                guess the padding from a mask that isn't 2D; or the cache is of a class that can't hold decisions, was
+                filled without routing or by the other execution, or by another batch size.
         """
         if route:
             inputs = input_ids if input_ids is not None else inputs_embeds
             drafts = logits_to_keep - 1 if drafted and isinstance(logits_to_keep, int) and logits_to_keep > 1 else 0
             routing = self.make_routing(inputs, attention_mask, execution, drafts, token_mask, **kwargs)
+            if gate_rule is not None and self.mod_settings.target == "expert":
+                raise ValueError("experts are routed by threshold only, not by a gate_rule")
+            routing.gate_rule = gate_rule
         else:
             routing = Routing(token_mask=None, sparse=False, enabled=False)
         inner_kwargs = {

@@ -5,6 +5,7 @@ float32, whatever the dtype of the model: in bfloat16 a small negative logit wou
 inside every checkpoint.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,12 +66,15 @@ class Routing:
         token_mask: bool [batch, tokens], True for tokens that count in a sequence's decision; None for all of them.
         sparse: leave out what is not kept, rather than compute it and multiply by zero.
         enabled: False runs the dense base model, as if every input were kept.
+        gate_rule: (layer index, router inputs [batch, hidden_size] or [batch, tokens, hidden_size]) -> decision;
+            stands in for router and threshold, in training and calibration.
         decisions: layer index -> what its router decided in this forward, or at the prefill of the cache.
     """
 
     token_mask: torch.Tensor | None
     sparse: bool
     enabled: bool = True
+    gate_rule: Callable[[int, torch.Tensor], Decision] | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
 
 
@@ -132,6 +136,11 @@ def straight_through(scores: torch.Tensor, threshold: float | torch.Tensor) -> t
     return gates + (scores - scores.detach()) if scores.requires_grad else gates
 
 
+def router_inputs(hidden_states: torch.Tensor, level: str, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return what a router reads: [batch, hidden_size] for `sequence`, [batch, tokens, hidden_size] for `token`."""
+    return mean_over_tokens(hidden_states, token_mask) if level == "sequence" else hidden_states
+
+
 def decide(
     router: MoDRouter, hidden_states: torch.Tensor, level: str, threshold: float, token_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +156,5 @@ def decide(
     Returns:
         scores and gates, float32, each [batch] for `sequence` and [batch, tokens] for `token`.
     """
-    inputs = mean_over_tokens(hidden_states, token_mask) if level == "sequence" else hidden_states
-    scores = torch.sigmoid(router(inputs))
+    scores = torch.sigmoid(router(router_inputs(hidden_states, level, token_mask)))
     return scores, straight_through(scores, threshold)

@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -11,8 +11,30 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from utils.io.errors import UserError, suggest
+from utils.model.configuration_mod import EXPERT_GRANULARITY
 
 from .processes import deepspeed_was_asked_for, prepare_deepspeed, zero_stage
+
+CAPACITY_CONTROLS = ("budget", "regression", "hinge")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {
+        "capacity_control": None,  # by the granularity
+        "capacity_scope": "global",
+        "distillation_weight": 1.0,
+        "calibration_rows": 64,
+        "gradient_scale": 0.3,
+    },
+    "paper": {
+        "capacity_control": "hinge",
+        "capacity_scope": "layer",
+        "distillation_weight": 0.0,
+        "calibration_rows": 0,
+        "gradient_scale": 0.1,
+        "learning_rate": 1e-4,
+    },
+}
+"""What arguments are where they are not given."""
 
 
 @dataclass
@@ -94,14 +116,60 @@ class DataArguments:
 class RouterTrainingArguments(TrainingArguments):
     """Hugging Face's `TrainingArguments` with the routers' own, and with defaults for router-tuning."""
 
-    gradient_scale: float = field(
-        default=0.3, metadata={"help": "Weight lambda of the capacity loss (Eq. 9). 0 switches it off."}
+    recipe: str = field(
+        default="default",
+        metadata={
+            "help": "What the other arguments are where they are not given. default: capacity_control by the "
+            "granularity, distillation_weight 1 (0 where the backbone trains), calibration_rows 64. paper: "
+            "capacity_control hinge with capacity_scope layer, distillation_weight 0, calibration_rows 0, "
+            "learning_rate 1e-4 and gradient_scale 0.1 (of the paper's grid)."
+        },
+    )
+    capacity_control: str | None = field(
+        default=None,
+        metadata={
+            "help": "What drives capacity to its target. budget: sampled gates, a price for executing that follows "
+            "the loss, a shift of all thresholds; over all layers, processes and the accumulation window. regression: "
+            "routers predict what skipping costs, and skip below one price. hinge: Eq. 10. Default: the recipe's, and "
+            "there regression for sequences, budget for tokens and for a trained backbone, hinge for experts."
+        },
+    )
+    capacity_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the hinge. layer: each layer in each micro-batch, as published; global: each sequence over "
+            "all layers. Default: global, the paper's recipe layer."
+        },
+    )
+    distillation_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the loss, from 0 to 1, that is the KL divergence from the dense model at the supervised "
+            "tokens; the rest is the task's loss. Default: the recipe's."
+        },
+    )
+    calibration_rows: int | None = field(
+        default=None,
+        metadata={
+            "help": "Set aside this many of the training rows, at most one in eight, and after training set the "
+            "thresholds so that they execute the target capacity. 0: thresholds stay. Default: the recipe's."
+        },
+    )
+    sequence_pooling: str = field(
+        default="all",
+        metadata={
+            "help": "Tokens whose mean decides for a sequence in training and evaluation: all (published), or prompt "
+            "(those before the first supervised one: what generation sees)."
+        },
+    )
+    gradient_scale: float | None = field(
+        default=None, metadata={"help": "Weight lambda of the hinge (Eq. 9); 0 switches it off. Default: 0.3."}
     )
     target_capacity: float = HfArg(
         default=0.5,
         aliases=["--mod_capacity", "--mindskip_capacity"],
-        help="Share of inputs that a sequence executes over its routed layers, pushed down to and no further "
-        "(Eq. 10; the paper's 0.5).",
+        help="Share of inputs to execute over all routed layers (the paper's 0.5). The hinge pushes down to it and no "
+        "further (Eq. 10).",
     )
     router_only: bool = field(
         default=True,
@@ -117,16 +185,14 @@ class RouterTrainingArguments(TrainingArguments):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate. Default: 0.5 / hidden size, as an Adam step moves a logit by about the rate "
-            "times the hidden size; 1.2e-4 at the paper's 4096, within its grid. With a trained backbone, or with "
+            "help": "Peak learning rate. Default: 1.5 / hidden size with the budget, 0.5 / hidden size with the hinge, "
+            "as an Adam step moves a logit by about the rate times the hidden size. With a trained backbone, or with "
             "LoRA, it is theirs and not the routers': 2e-5, or 1e-4."
         },
     )
     router_learning_rate: float | None = field(
         default=None,
-        metadata={
-            "help": "Peak learning rate of the routers where not only they train. Default: 0.5 / hidden size, as above."
-        },
+        metadata={"help": "Peak learning rate of the routers where not only they train. Default: as above."},
     )
     use_lora: bool = field(
         default=False,
@@ -146,11 +212,12 @@ class RouterTrainingArguments(TrainingArguments):
             "as without LoRA."
         },
     )
-    warmup_steps: float = field(
-        default=0.25,
+    warmup_steps: float | None = field(
+        default=None,
         metadata={
-            "help": "Steps, or below 1 the share of steps, in which the learning rate rises. Routers start on the "
-            "threshold, where the smallest step flips a whole layer: small first steps let them come back."
+            "help": "Steps, or below 1 the share of steps, in which the learning rate rises. Default: 0.1 with the "
+            "budget, 0.25 with the hinge: there routers start on the threshold, where the smallest step flips a whole "
+            "layer, and small first steps let them come back."
         },
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training rows."})
@@ -180,6 +247,7 @@ class RouterTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._resolve_recipe()
         self._check()
         self._check_lora()
         if self.use_lora:
@@ -209,7 +277,7 @@ class RouterTrainingArguments(TrainingArguments):
 
     def choose_learning_rate(self, hidden_size: int) -> None:
         """Set the learning rates, where none were given, for a model of this width."""
-        default = 0.5 / hidden_size
+        default = (1.5 if self.capacity_control == "budget" else 0.5) / hidden_size
         if self.use_lora or not self.router_only:
             if self.router_learning_rate is None:
                 self.router_learning_rate = default
@@ -217,10 +285,52 @@ class RouterTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = default
 
+    def _resolve_recipe(self) -> None:
+        """Fill in what the recipe says for what was not given."""
+        _choice("recipe", self.recipe, tuple(RECIPES))
+        if self.distillation_weight is None and (self.use_lora or not self.router_only):
+            self.distillation_weight = 0.0  # the teacher would be the backbone that trains
+        self._given = {name for name in (*RECIPES[self.recipe], "warmup_steps") if getattr(self, name) is not None}
+        for name, value in RECIPES[self.recipe].items():
+            if name not in self._given:
+                setattr(self, name, value)
+        if self.capacity_control is not None:
+            _choice("capacity_control", self.capacity_control, CAPACITY_CONTROLS)
+        if self.warmup_steps is None:
+            self.warmup_steps = 0.25 if self.capacity_control == "hinge" else 0.1
+
+    def suit_model(self, hidden_size: int, granularity: str) -> None:
+        """Set what depends on the model: the control for its granularity, the learning rate for its width.
+
+        Raises:
+            UserError: the granularity can't be trained with the control that was asked for.
+        """
+        frozen = self.router_only and not self.use_lora
+        experts = granularity == EXPERT_GRANULARITY
+        if self.capacity_control is None:
+            sequence = granularity.endswith("_sequence") and frozen
+            self.capacity_control = "hinge" if experts else "regression" if sequence else "budget"
+            if experts and "warmup_steps" not in self._given:
+                self.warmup_steps = 0.25
+        control = self.capacity_control
+        if experts and "calibration_rows" not in self._given:
+            self.calibration_rows = 0
+        if experts and (control != "hinge" or self.calibration_rows):
+            raise UserError(f"{granularity} takes capacity_control hinge and calibration_rows 0")
+        if control == "regression" and not (granularity.endswith("_sequence") and frozen):
+            raise UserError("capacity_control regression is for routers of sequences on a frozen backbone; use budget")
+        self.choose_learning_rate(hidden_size)
+
     def _check(self) -> None:
         """Raise `UserError` for what `TrainingArguments` would accept, or refuse with a traceback much later."""
         if not 0.0 <= self.target_capacity <= 1.0:
             raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
+        if not 0.0 <= self.distillation_weight <= 1.0:
+            raise UserError(f"distillation_weight {self.distillation_weight} must lie between 0 and 1")
+        if self.calibration_rows < 0:
+            raise UserError(f"calibration_rows {self.calibration_rows} must not be negative")
+        _choice("capacity_scope", self.capacity_scope, ("layer", "global"))
+        _choice("sequence_pooling", self.sequence_pooling, ("all", "prompt"))
         if not (math.isfinite(self.gradient_scale) and self.gradient_scale >= 0.0):
             raise UserError(f"gradient_scale {self.gradient_scale} must be a number that is not negative")
         for name in ("learning_rate", "router_learning_rate", "weight_decay"):

@@ -1,5 +1,7 @@
 """The trainer: Hugging Face's own loop, with the routing loss, and capacity in the log."""
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -9,15 +11,25 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from utils.io.errors import UserError
+from utils.model.checkpoint import router_name, set_thresholds
 
 from .batches import IGNORE_INDEX, SupervisedBatches
+from .calibration import calibrate, fold
+from .capacity_control import BudgetControl, router_moments
+from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .losses import capacity_hinge, executed_inputs, next_token_nll
 from .metrics import RoutingMeter
 from .processes import Termination
+from .regression_control import RegressionControl
 from .training_checkpoint import TrainingCheckpoints
+
+logger = logging.getLogger(__name__)
+
+MOMENT_ROWS = 32
+"""Training rows on which the budget control measures what the routers read."""
 
 
 def freeze_backbone(model: nn.Module) -> None:
@@ -28,7 +40,11 @@ def freeze_backbone(model: nn.Module) -> None:
 
 
 class RouterTrainer(TrainingCheckpoints, Trainer):
-    """Trains routers: `L = L_task + lambda * L_MoD` (Eq. 9). Make it after `freeze_backbone`.
+    """Trains routers. Make it after `freeze_backbone`.
+
+    `L = (1 - a) L_task + a L_KL + lambda L_capacity`: with `a` 0 and the hinge it is Eq. 9 of the paper; `L_KL` is the
+    KL divergence from the dense model (`distillation.py`), the budget's `L_capacity` is in `capacity_control.py`, and
+    what regression makes of `L` in `regression_control.py`.
 
     `train_sampler`, if given, orders the training rows instead of Trainer's own sampler.
 
@@ -48,10 +64,19 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         layers = self.model.config.mod_settings.layers
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
+        self._window_inputs = self._window_tokens = torch.ones(())  # of all processes
         self._route = True
         # processes that skip different layers would gather different weights, and wait for each other for ever
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
         self._eval_execution = "dense" if self._zero3 else None
+        self.args.suit_model(self.model.config.hidden_size, self.model.config.mod_settings.granularity)
+        if self.args.capacity_control != "hinge":
+            make = {"budget": BudgetControl, "regression": RegressionControl}[self.args.capacity_control]
+            self.capacity_control = make(self.model.router_modules(), self.args.target_capacity)
+            self.add_callback(_ControlSteps(self))
+        self._teacher = (
+            DenseTeacher(self.model, share_prefix=not self._zero3) if self.args.distillation_weight else None
+        )
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -82,43 +107,145 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         last["real"] = real
         tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in batches)
         sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
+        inputs = sequences
+        if self.model.config.mod_settings.level == "token":
+            inputs = sum(_mask(batch).sum() for batch in batches[:-1]) + _mask(last)[real].sum()
         received = torch.tensor(int(self.termination.received))
-        counts = torch.stack([count.to(device) for count in (tokens, sequences, received)])
+        counts = torch.stack([count.to(device) for count in (tokens, sequences, inputs, received)])
         if self.args.world_size > 1:
-            tokens, sequences, received = self.accelerator.reduce(counts, reduction="sum").unbind()
+            tokens, sequences, inputs, received = self.accelerator.reduce(counts, reduction="sum").unbind()
             self.termination.agree(received)
         self._window_sequences = sequences / self.args.world_size
+        self._window_inputs, self._window_tokens = inputs.to(device), tokens.to(device)
         return batches, tokens.to(device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
-        nll, outputs = self._task_loss(model, inputs, inputs["targets"])
-        executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
+        rule = real = teacher = None
+        mask, targets = inputs.get("attention_mask"), inputs["targets"]
+        if self.capacity_control is not None:
+            real = inputs.get("real")
+            rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real)
+        outputs = self._forward(model, inputs, rule)
+        if self._teacher is not None:
+            teacher = self._teacher.states(inputs["input_ids"], inputs["positions"])
+        loss, nll, divergence = self._loss(outputs.states, targets, teacher)
+        executed, sizes = executed_inputs(outputs.router_gates, mask)
         if "real" in inputs:
             executed, sizes = executed * inputs["real"], sizes * inputs["real"]
-        hinge = capacity_hinge(executed, sizes, self.args.target_capacity)
-        self._meters["train"].add(nll, (inputs["targets"] != IGNORE_INDEX).sum(), hinge, executed, sizes)
+        hinge = capacity_hinge(executed, sizes, self.args.target_capacity, self.args.capacity_scope)
+        if isinstance(self.capacity_control, RegressionControl):  # its gates are no decisions
+            self._meters["train"].add(nll, (targets != IGNORE_INDEX).sum(), divergence=divergence)
+        else:
+            self._meters["train"].add(nll, (targets != IGNORE_INDEX).sum(), hinge, executed, sizes, divergence)
         # both over the accumulation window; what the processes' gradients are averaged to is the mean over all of them
-        loss = nll * self.accelerator.num_processes / num_items_in_batch
-        loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
+        processes = self.accelerator.num_processes
+        loss = loss * processes / num_items_in_batch
+        if self.capacity_control is None:
+            loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
+        else:
+            kept, _ = executed_inputs(outputs.router_scores, mask)
+            kept = kept if real is None else kept * real
+            loss = loss + self.capacity_control.loss(kept.mean(dim=0).sum() * processes / self._window_inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _task_loss(self, model, inputs, targets):
-        """Return the sum of the negative log-likelihoods of `targets`, and the model's outputs without logits."""
-        mask = inputs.get("attention_mask")
-        outputs = model(
+    def _forward(self, model, inputs, rule=None):
+        """Return the model's outputs without logits, but with the states that `targets` are predicted from."""
+        return model(
             input_ids=inputs["input_ids"],
-            token_mask=None if mask is None else mask.bool(),
+            **self._deciding_tokens(inputs),
             states_at=inputs["positions"],
             route=self._route,
+            gate_rule=rule,
             execution=None if model.training else self._eval_execution,
             use_cache=False,
         )
-        head = self.model.get_output_embeddings()
+
+    def _loss(self, states, targets, teacher=None):
+        """Return the loss to learn from, the negative log-likelihood and the divergence from the teacher, as sums."""
+        head, weight = self.model.get_output_embeddings(), self.args.distillation_weight
         if self._zero3:  # the head's weight is in parts, which only calling the head puts together
-            return F.cross_entropy(head(outputs.states).float(), targets, reduction="sum"), outputs
-        return next_token_nll(outputs.states, head, targets), outputs
+            logits = head(states).float()
+            nll = F.cross_entropy(logits, targets, reduction="sum")
+            if teacher is None:
+                return nll, nll.detach(), None
+            with torch.no_grad():
+                teacher_logits = head(teacher)
+            divergence = distillation_loss(logits, teacher_logits, targets)
+            return (1 - weight) * nll + weight * divergence, nll.detach(), divergence.detach()
+        if teacher is None:
+            nll = next_token_nll(states, head, targets)
+            return nll, nll.detach(), None
+        return distilled_nll(states, teacher, head, targets, weight)
+
+    def _deciding_tokens(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Return the keyword that says which tokens decide: all real ones, or the prompt's where that is asked for."""
+        mask = inputs.get("attention_mask")
+        deciding = None if mask is None else mask.bool()
+        if self.args.sequence_pooling == "prompt":
+            prompt = (inputs["labels"] != IGNORE_INDEX).cumsum(dim=1) == 0
+            deciding = prompt if deciding is None else deciding & prompt
+        return {"token_mask": deciding}
+
+    def _router_batches(self, rows: Any, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield rows in batches on the device, as the model's forward takes them to decide; on every process all."""
+        for start in range(0, len(rows), size):
+            batch = self.data_collator([rows[row] for row in range(start, min(start + size, len(rows)))])
+            batch = {name: values.to(self.args.device) for name, values in batch.items()}
+            decided_on = {"input_ids": batch["input_ids"], "attention_mask": _mask(batch)}
+            yield decided_on | self._deciding_tokens(batch)
+
+    def begin_control(self) -> None:
+        """Let a budget start from the routers as they are, unless it goes on from a checkpoint."""
+        if isinstance(self.capacity_control, BudgetControl) and self.capacity_control.means is None:
+            rows = self.train_dataset
+            first = [rows[row] for row in range(min(MOMENT_ROWS, len(rows)))]
+            moments = router_moments(self.model, self._router_batches(first, self.args.per_device_eval_batch_size))
+            self.capacity_control.begin(moments, self.model.config.mod_settings.threshold_of)
+
+    def step_control(self) -> None:
+        """Close an accumulation window."""
+        rate = self.lr_scheduler.get_last_lr()[0] / (self.args.learning_rate or 1.0)
+        summed = float(self._window_tokens) / self.accelerator.num_processes
+        self.capacity_control.step(self.state.global_step / self.state.max_steps, rate, self.accelerator, summed)
+
+    def finish(self, calibration_rows: Any = ()) -> None:
+        """Settle routers and thresholds: after it the model decides by itself, as its checkpoint will.
+
+        Args:
+            calibration_rows: tokenized rows that were not trained on; with none of them nothing is calibrated.
+        """
+        settings, routers = self.model.config.mod_settings, self.model.router_modules()
+        if isinstance(self.capacity_control, RegressionControl):
+            weights, cuts = self.capacity_control.solve()
+            for layer, weight in weights.items():
+                self.set_router(routers[layer], weight)
+        elif self.capacity_control is not None:
+            cuts = self.capacity_control.cuts()
+        else:
+            thresholds = {layer: settings.threshold_of(layer) for layer in settings.layers}
+            cuts = {layer: (math.log(value / (1 - value)), 1.0) for layer, value in thresholds.items()}
+        settled = {layer: cut for layer, (cut, _) in cuts.items()}
+        if len(calibration_rows):
+            batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
+            show = self.is_world_process_zero() and not self.args.disable_tqdm
+            settled, share = calibrate(self.model, batches, cuts, self.args.target_capacity, progress=show)
+            logger.info("calibrated on %d rows: they execute %.3f of their inputs", len(calibration_rows), share)
+        if self.capacity_control is not None or len(calibration_rows):
+            thresholds, factors = fold(settled)
+            weights = self.router_state()
+            for layer, factor in factors.items():
+                if factor != 1.0:
+                    self.set_router(routers[layer], weights[router_name(layer)] * factor)
+            set_thresholds(self.model, thresholds)
+        self.capacity_control = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        control = self.capacity_control
+        if isinstance(control, BudgetControl) and control.means is not None:  # by what training has come to
+            set_thresholds(self.model, [_threshold(cut) for cut, _ in control.cuts().values()])
+        return super().evaluate(*args, **kwargs)
 
     def _evaluation_loss(self, model, inputs, return_outputs):
         """Return the mean over the batch's own tokens, and add its sums to the meter."""
@@ -126,7 +253,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         real = self._real_rows(len(inputs["labels"]), remainder, inputs["labels"].device)
         targets = _without(inputs, ~real)
         tokens = (targets != IGNORE_INDEX).sum()
-        nll, outputs = self._task_loss(model, inputs, targets)
+        outputs = self._forward(model, inputs)
+        nll, *_ = self._loss(outputs.states, targets)
         loss = nll / tokens
         if self._route:
             executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
@@ -166,6 +294,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             logs |= self._meters["train"].flush(self._sum_over_processes)
             if self.args.router_learning_rate is not None:
                 logs["router_learning_rate"] = self.lr_scheduler.get_last_lr()[-1]  # the group that came last
+            if isinstance(self.capacity_control, BudgetControl):
+                logs |= {"capacity_price": self.capacity_control.price, "capacity_shift": self.capacity_control.shift}
         for key in [key for key in logs if key.endswith("_loss") and f"{key[:-5]}_runtime" in logs]:
             if key != "train_loss":  # an evaluation's: Trainer's is a mean of batch means
                 means = self._meters["eval"].flush(self._sum_over_processes)
@@ -181,3 +311,25 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 def _without(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     """Return a batch's targets, -100 in the rows that `rows`, bool [batch], is True for."""
     return batch["targets"].masked_fill(rows[batch["positions"] // batch["labels"].shape[1]], IGNORE_INDEX)
+
+
+def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a batch's attention mask, ones where it has none."""
+    return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+
+
+class _ControlSteps(TrainerCallback):
+    """Tells the capacity control where training begins and where an accumulation window ends."""
+
+    def __init__(self, trainer: RouterTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_control()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.step_control()
+
+
+def _threshold(cut: float) -> float:
+    return min(max(1 / (1 + math.exp(-cut)), 1e-7), 1 - 1e-7)

@@ -4,10 +4,10 @@ The task's loss computes logits only where there are labels, some rows at a time
 the hidden states on the way: no [tokens, vocabulary] is ever held or computed twice.
 
 `L = L_task + lambda * L_MoD`, `L_MoD = ReLU(capacity - target)`. The published form takes the capacity of one layer in
-one micro-batch; with a micro-batch of one sequence that is 0 or 1, so every target below 1 gives the same gradient.
-Here the hinge acts on each sequence: its capacity is the share of its inputs, over all routed layers, that are
-executed. That steers at any batch size, and the same sequences give the same loss however they are cut into
-micro-batches, processes and accumulation steps.
+one micro-batch (`layer`); with a micro-batch of one sequence that is 0 or 1 at sequence level, so every target below 1
+gives the same gradient. With `global` the hinge acts on each sequence: its capacity is the share of its inputs, over
+all routed layers, that are executed. That steers at any batch size, and the same sequences give the same loss however
+they are cut into micro-batches, processes and accumulation steps. The other control is in `capacity_control.py`.
 """
 
 import torch
@@ -91,13 +91,20 @@ def executed_inputs(gates: torch.Tensor, attention_mask: torch.Tensor | None) ->
     return (gates * mask).sum(dim=-1), each * mask.sum(dim=-1)
 
 
-def capacity_hinge(executed: torch.Tensor, inputs: torch.Tensor, target_capacity: float) -> torch.Tensor:
-    """Return each sequence's `ReLU(capacity - target)`, float32 [batch] (Eq. 10).
+def capacity_hinge(
+    executed: torch.Tensor, inputs: torch.Tensor, target_capacity: float, scope: str = "global"
+) -> torch.Tensor:
+    """Return each sequence's share of `L_MoD`, float32 [batch] (Eq. 10); their mean is `L_MoD`.
 
     Args:
         executed: float32 [layers, batch], as `executed_inputs` returns.
         inputs: float32 [batch].
         target_capacity: share of inputs in [0, 1] below which nothing is pushed further.
+        scope: `global`: `ReLU(capacity - target)` of each sequence over all layers. `layer`, as published: of each
+            layer over all inputs of the micro-batch, averaged over the layers; the same for each sequence.
     """
+    if scope == "layer":
+        capacity = executed.sum(dim=1) / inputs.sum().clamp(min=1.0)  # [layers]
+        return torch.relu(capacity - target_capacity).mean().expand(len(inputs))
     capacity = executed.mean(dim=0) / inputs.clamp(min=1.0)  # [batch]
     return torch.relu(capacity - target_capacity)

@@ -15,9 +15,10 @@ class RoutingMeter:
 
     def __init__(self, layers: tuple[int, ...], device: torch.device):
         self.layers = layers
-        # negative log-likelihood, supervised tokens, hinge, sequences, inputs, executed inputs of each layer
+        # negative log-likelihood, supervised tokens, divergence from the dense model, hinge, sequences, inputs,
+        # executed inputs of each layer
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self._sums = torch.zeros(5 + len(layers), device=device, dtype=dtype)
+        self._sums = torch.zeros(6 + len(layers), device=device, dtype=dtype)
 
     def add(
         self,
@@ -26,23 +27,27 @@ class RoutingMeter:
         hinge: torch.Tensor | None = None,
         executed: torch.Tensor | None = None,
         inputs: torch.Tensor | None = None,
+        divergence: torch.Tensor | None = None,
     ) -> None:
         """Add a micro-batch.
 
         Args:
             nll: float [], sum of the negative log-likelihood over the supervised tokens.
             tokens: [], number of supervised tokens.
+            divergence: float [], sum of the KL to the dense model over the supervised tokens, where it was measured.
             hinge: float [batch], executed: float [layers, batch], inputs: float [batch], 0 for a row that doesn't
                 count; all None where nothing is routed.
         """
         with torch.no_grad():
             self._sums[0] += nll
             self._sums[1] += tokens
+            if divergence is not None:
+                self._sums[2] += divergence
             if executed is not None:
-                self._sums[2] += hinge.sum()
-                self._sums[3] += (inputs > 0).sum()
-                self._sums[4] += inputs.sum()
-                self._sums[5:] += executed.sum(dim=-1)
+                self._sums[3] += hinge.sum()
+                self._sums[4] += (inputs > 0).sum()
+                self._sums[5] += inputs.sum()
+                self._sums[6:] += executed.sum(dim=-1)
 
     def flush(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """Return the means since the last flush and start anew; nothing if nothing was added.
@@ -50,11 +55,13 @@ class RoutingMeter:
         Args:
             reduce: sums a tensor over all processes; every process calls `flush` at the same step.
         """
-        nll, tokens, hinge, sequences, inputs, *executed = reduce(self._sums).tolist()
+        nll, tokens, divergence, hinge, sequences, inputs, *executed = reduce(self._sums).tolist()
         self._sums.zero_()
         means: dict[str, float] = {}
         if tokens:
             means["task_loss"] = nll / tokens
+            if divergence:
+                means["distillation_loss"] = divergence / tokens
         if inputs:
             means["mod_loss"] = hinge / sequences
             means["capacity"] = sum(executed) / (inputs * len(self.layers))

@@ -29,6 +29,7 @@ RUN_FILE = "run.json"
 RESULT_NEUTRAL = ("tokenized_cache_dir", "save_base")
 """Model and data arguments that leave the result as it is."""
 TRAINING_IDENTITY = (
+    *("recipe", "capacity_control", "capacity_scope", "distillation_weight", "calibration_rows", "sequence_pooling"),
     *("gradient_scale", "target_capacity", "router_only", "global_batch_size", "learning_rate", "weight_decay"),
     *("num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps", "optim", "max_grad_norm", "seed"),
     *("data_seed", "train_sampling_strategy", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"),

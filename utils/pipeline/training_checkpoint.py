@@ -38,6 +38,8 @@ UNFINISHED = ".unfinished"
 """Folder in the output directory where a checkpoint is while it is written, and an old one while it is removed."""
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULER_FILE = "scheduler.pt"
+CONTROL_FILE = "capacity_control.pt"
+"""What the capacity control goes on from."""
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -83,9 +85,11 @@ class TrainingCheckpoints:
 
     Attributes:
         run_identity: what the result follows from; written into every checkpoint.
+        capacity_control: has a state that training goes on from; None where there is none.
     """
 
     run_identity: dict[str, Any] | None = None
+    capacity_control: Any = None
     _staging: Path | None = None
     _gathered: dict[str, Any] | None = None
 
@@ -121,6 +125,22 @@ class TrainingCheckpoints:
             save_routers(directory / ROUTERS_FILE, routers, self.model.config.mod_settings)
             if adapter is not None:
                 adapter.save(directory)
+            if self.capacity_control is not None:
+                _save(self.capacity_control.state_dict(), directory / CONTROL_FILE)
+
+    @torch.no_grad()
+    def set_router(self, router: torch.nn.Module, weight: torch.Tensor) -> None:
+        """Give a router another weight; every process must call it."""
+        if not (self.is_deepspeed_enabled and self.optimizer is not None):
+            router.weight.copy_(weight)
+            return
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        weight = weight.to(self.args.device)
+        safe_set_full_fp32_param(router.weight, weight)
+        with deepspeed.zero.GatheredParameters([router.weight], modifier_rank=0):
+            router.weight.copy_(weight)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.args.router_only:
@@ -129,6 +149,9 @@ class TrainingCheckpoints:
                 load_adapter(model if model is not None else self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.capacity_control is not None:
+            state = torch.load(Path(resume_from_checkpoint, CONTROL_FILE), map_location="cpu", weights_only=True)
+            self.capacity_control.load_state_dict(state)
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -224,11 +247,7 @@ class TrainingCheckpoints:
             (OPTIMIZER_FILE, self._gathered["optimizer"]),
             (SCHEDULER_FILE, self.lr_scheduler.state_dict()),
         ):
-            # by way of memory: torch hides what went wrong with a file
-            content = io.BytesIO()
-            torch.save(value, content)
-            with atomic_file(Path(output_dir, name), "wb") as file:
-                file.write(content.getbuffer())
+            _save(value, Path(output_dir, name))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not self._in_one_piece:
@@ -265,6 +284,13 @@ class TrainingCheckpoints:
         if hasattr(sampler.sampler, "set_epoch"):
             sampler.sampler.set_epoch(epoch)
         super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
+
+
+def _save(value: Any, path: Path) -> None:
+    content = io.BytesIO()  # by way of memory: torch hides what went wrong with a file
+    torch.save(value, content)
+    with atomic_file(path, "wb") as file:
+        file.write(content.getbuffer())
 
 
 def _writing_problem(error: OSError | RuntimeError) -> str:

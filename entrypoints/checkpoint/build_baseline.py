@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Write a baseline that routing is measured against, as an ordinary MoD checkpoint.
+
+cosine, greedy: static Layer Drop; as many routed layers as the capacity asks for skip everything.
+random: routers that do not know what they read, at the same capacity.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.io.errors import UserError, run_command
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("cosine", "greedy", "random"))
+    parser.add_argument("--model_name_or_path", required=True, help="MoD checkpoint or dense base")
+    parser.add_argument("--output_dir", required=True, help="where the checkpoint goes; must be new or empty")
+    parser.add_argument("--capacity", type=float, default=0.5, help="share of inputs to execute (default: 0.5)")
+    parser.add_argument("--train_file", required=True, help="data.jsonl whose text the choice is made on")
+    parser.add_argument("--rows", type=int, default=32, help="rows of it to use, drawn at random (default: 32)")
+    parser.add_argument("--max_seq_length", type=int, default=256, help="rows are cut to this many tokens")
+    parser.add_argument("--mod_n", type=int, help="number of routed layers; default: the checkpoint's")
+    parser.add_argument("--granularity", help="default: the checkpoint's")
+    parser.add_argument("--seed", type=int, default=233, help="of the rows and of random routers")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    import torch
+
+    from utils.data.collation import SupervisedCollator
+    from utils.data.messages import load_messages
+    from utils.data.splitting import split_held_out
+    from utils.data.tokenization import tokenize_dataset
+    from utils.io.files import write_json
+    from utils.model.base_models import resolve_base_model
+    from utils.model.checkpoint import (
+        load_mod_model,
+        load_tokenizer,
+        make_settings,
+        read_config,
+        set_thresholds,
+        write_checkpoint,
+    )
+    from utils.pipeline.calibration import calibrate, fold
+    from utils.pipeline.importance import greedy, loss_and_capacity, most_similar
+
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not 0.0 <= args.capacity <= 1.0:
+        raise UserError(f"capacity {args.capacity} must lie between 0 and 1")
+    if args.rows < 1:
+        raise UserError(f"rows {args.rows} must be at least 1")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir {output_dir} is not empty; choose another")
+
+    model_dir = resolve_base_model(args.model_name_or_path)
+    settings = make_settings(
+        read_config(model_dir), args.mod_n, args.granularity, threshold=0.5, target_capacity=args.capacity
+    )
+    if settings.target == "expert":
+        raise UserError("baselines are for attention, MLP and block, not for expert_token")
+    tokenizer = load_tokenizer(model_dir)
+    rows = load_messages(args.train_file)
+    rows, held_out = split_held_out(rows, num_rows=min(64, max(1, len(rows) // 8)), seed=0)  # as training does
+    rows = rows.shuffle(seed=args.seed).select(range(min(args.rows, len(rows))))
+    collate = SupervisedCollator.for_tokenizer(tokenizer)
+
+    def make_batches(part):
+        tokenized, report = tokenize_dataset(part, tokenizer, max_seq_length=args.max_seq_length)
+        logging.info("%s", report.summary())
+        starts = range(0, len(tokenized), 8)
+        return [collate([tokenized[row] for row in range(s, min(s + 8, len(tokenized)))]) for s in starts]
+
+    batches, held_out_batches = make_batches(rows), make_batches(held_out)
+
+    model = load_mod_model(model_dir, settings, dtype=torch.float32).eval()
+    routers = model.router_modules()
+    generator = torch.Generator().manual_seed(args.seed)
+    with torch.no_grad():
+        for router in routers.values():
+            router.weight.zero_()
+            if args.kind == "random":
+                router.weight.normal_(generator=generator)
+    if args.kind == "random":
+        cuts, share = calibrate(model, batches, spread(model, batches), args.capacity, progress=True)
+        thresholds, factors = fold(cuts)
+        with torch.no_grad():
+            for layer, router in routers.items():
+                router.weight.mul_(factors[layer])
+        logging.info("random routers execute %.3f of the inputs", share)
+    else:
+        count = round((1 - args.capacity) * len(routers))
+        chosen = most_similar(model, batches, count) if args.kind == "cosine" else greedy(model, batches, count, True)
+        logging.info("left out, in this order: %s; capacity %.4f", chosen, 1 - count / len(routers))
+        thresholds = [0.75 if layer in chosen else 0.5 for layer in routers]  # routers at zero score one half
+    set_thresholds(model, thresholds)
+    weights = {f"model.layers.{layer}.router.weight": router.weight for layer, router in routers.items()}
+    write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights)
+    dense, _ = loss_and_capacity(model, held_out_batches, route=False)
+    loss, capacity = loss_and_capacity(model, held_out_batches)
+    routed = {"eval_loss": loss, "eval_capacity": capacity}
+    held_out_results = {"dense": {"dense_loss": dense}, "routed": routed, "rows": len(held_out)}
+    write_json(output_dir / "results.json", {"kind": args.kind, "held_out": held_out_results})
+    logging.info("held-out loss %.4f (dense %.4f), capacity %.4f, on %d rows", loss, dense, capacity, len(held_out))
+    print(output_dir)
+
+
+def spread(model, batches):
+    """Return layer index -> mean and standard deviation of the router's logits where everything is kept."""
+    from utils.pipeline.capacity_control import router_moments
+
+    moments = router_moments(model, batches)
+    routers = model.router_modules()
+    return {
+        layer: (float(routers[layer](mean)), float((routers[layer].weight[0] * deviation).norm()))
+        for layer, (mean, deviation) in moments.items()
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

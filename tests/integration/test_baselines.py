@@ -1,0 +1,42 @@
+"""Baselines are ordinary checkpoints that leave out what they say."""
+
+import json
+import sys
+
+import pytest
+from commands import run
+
+from utils.model.checkpoint import load_mod_model
+
+
+@pytest.mark.parametrize("kind", ["cosine", "greedy", "random"])
+def test_a_baseline_is_a_checkpoint_at_its_capacity(workplace, repository, tmp_path, kind):
+    command = (sys.executable, repository / "entrypoints/checkpoint/build_baseline.py", kind)
+    text = ("--train_file", workplace / "data/alpaca/data.jsonl", "--rows", 12, "--max_seq_length", 96)
+    where = ("--model_name_or_path", workplace / "ckpt/tiny-mod", "--output_dir", tmp_path / "out", "--capacity", 0.667)
+    result = run(*command, *text, *where, cwd=tmp_path)
+    assert result.stdout.strip().splitlines()[-1] == str(tmp_path / "out")
+    mod = json.loads((tmp_path / "out/config.json").read_text())["mod"]
+    assert mod["target_capacity"] == 0.667
+    results = json.loads((tmp_path / "out/results.json").read_text())["held_out"]
+    assert results["routed"]["eval_capacity"] == pytest.approx(2 / 3, abs=0.2 if kind == "random" else 1e-6)
+    routers = load_mod_model(tmp_path / "out").router_modules().values()
+    if kind == "random":
+        assert all(router.weight.any() for router in routers)
+        assert "random routers execute 0.6" in result.stderr
+    else:
+        assert sorted(mod["threshold"]) == [0.5, 0.5, 0.75]
+        assert not any(router.weight.any() for router in routers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("--capacity", "2"), "capacity 2.0 must lie"), (("--rows", "0"), "rows 0 must be")]
+)
+def test_a_mistake_ends_in_one_line(workplace, repository, tmp_path, arguments, message):
+    command = (sys.executable, repository / "entrypoints/checkpoint/build_baseline.py", "cosine")
+    where = ("--model_name_or_path", workplace / "ckpt/tiny-mod", "--output_dir", tmp_path / "out")
+    text = ("--train_file", workplace / "data/alpaca/data.jsonl")
+    result = run(*command, *where, *text, *arguments, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,119 @@
+"""Set the thresholds of trained routers so that a target share of the inputs of unseen text is executed.
+
+All layers' logits are counted in units in which they compare, `u = (W_l x - cut_l) / scale_l`, and the same shift `d`
+is added to every cut: an input is kept where `u >= d`. What a layer skips changes what later layers read, so the share
+is measured by running the model with the shift, and the shift found by a few such runs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from utils.model.routing_mod import Decision
+
+from .capacity_control import FORWARD_INPUTS
+
+LARGEST_CUT = 4.0
+"""Logits of routers are scaled so that no cut is farther from 0: far out a float32 sigmoid tells no two apart."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    cuts: Mapping[int, tuple[float, float]],
+    target: float,
+    tolerance: float = 0.004,
+    runs: int = 5,
+    progress: bool = False,
+) -> tuple[dict[int, float], float]:
+    """Find cuts that keep a share `target` of the inputs.
+
+    Args:
+        model: a routed model.
+        batches: `input_ids`, `attention_mask` and, if not all tokens decide, `token_mask`; not trained on.
+        cuts: layer index -> the logit from which an input is kept now, and what one unit of `u` is in logits.
+        target: share of inputs, in [0, 1].
+        tolerance: stop when the measured share is this near.
+        runs: forwards over all batches, at most.
+        progress: show a bar.
+
+    Returns:
+        Layer index -> the new cut, and the share that the batches executed in the run nearest to the target.
+    """
+    training = model.training
+    model.eval()
+    shift, best = 0.0, (math.inf, 0.0, 0.0)
+    below, above = -math.inf, math.inf  # shifts that keep too much, too little
+    try:
+        for _ in tqdm(range(runs), desc="calibrating thresholds", disable=not progress):
+            values = _run(model, batches, cuts, shift)
+            share = float((values >= shift).double().mean())
+            best = min(best, (abs(share - target), shift, share))
+            if abs(share - target) <= tolerance:
+                break
+            if share > target:
+                below = max(below, shift)
+            else:
+                above = min(above, shift)
+            shift = _quantile(values, 1 - target)
+            if not below < shift < above:  # skipping moved the logits: bisect
+                shift = (below + above) / 2 if math.isfinite(below + above) else shift
+    finally:
+        model.train(training)
+    _, shift, share = best
+    return {layer: cut + shift * scale for layer, (cut, scale) in cuts.items()}, share
+
+
+def _run(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    cuts: Mapping[int, tuple[float, float]],
+    shift: float,
+) -> torch.Tensor:
+    """Return `u` of all inputs of all layers, [inputs], where those below the shift are skipped."""
+    seen: list[torch.Tensor] = []
+    mask = None
+
+    routers = model.router_modules()
+
+    def rule(layer: int, inputs: torch.Tensor) -> Decision:
+        cut, scale = cuts[layer]
+        values = (routers[layer](inputs) - cut) / scale
+        seen.append(values[mask] if values.dim() == 2 else values)
+        gates = (values >= shift).to(values.dtype)
+        return Decision(gates, gates)
+
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
+        model(**inputs, use_cache=False, logits_to_keep=1, gate_rule=rule)
+    return torch.cat(seen)
+
+
+def _quantile(values: torch.Tensor, share: float) -> float:
+    """Return a value with `share` of the values below it, half-way between two neighbours."""
+    ordered = values.sort().values
+    place = round(share * len(ordered))
+    if place == 0:
+        return float(ordered[0]) - 1.0
+    if place == len(ordered):
+        return float(ordered[-1]) + 1.0
+    return float(ordered[place - 1] + ordered[place]) / 2
+
+
+def fold(cuts: Mapping[int, float]) -> tuple[list[float], dict[int, float]]:
+    """Turn cuts into thresholds.
+
+    Args:
+        cuts: layer index -> the logit from which an input is kept, ascending by layer.
+
+    Returns:
+        The thresholds in the order of the layers, and layer index -> the factor by which the layer's router is to be
+        multiplied with them: below 1 where the cut lies far out. What is kept stays the same.
+    """
+    factors = {layer: min(1.0, LARGEST_CUT / max(abs(cut), 1e-9)) for layer, cut in cuts.items()}
+    return [1 / (1 + math.exp(-cut * factors[layer])) for layer, cut in cuts.items()], factors

@@ -1,0 +1,135 @@
+"""Learning from the dense model: `KL(dense || routed)` over the vocabulary at the supervised positions.
+
+The teacher is the same weights with every input kept. Its distribution says what skipping costs with far less noise
+than one label does. Below the first routed layer the two forwards are the same, so the teacher starts from the routed
+forward's hidden states there, where the base's layers are all of one kind.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.model.routing_mod import Routing
+
+from .losses import ROWS_OF_LOGITS
+
+
+class DenseTeacher:
+    """Gives the dense model's last hidden states for a batch that the routed model has just run on.
+
+    Args:
+        model: the routed model, unwrapped. A hook on its first routed layer catches the hidden states.
+        share_prefix: start from them; not where another order of layers upsets how weights are gathered (ZeRO-3).
+    """
+
+    def __init__(self, model: nn.Module, share_prefix: bool = True):
+        self.model = model
+        self.first = model.config.mod_settings.layers[0]
+        kinds = getattr(model.config, "layer_types", None)
+        self.shares_prefix = share_prefix and self.first > 0 and (not kinds or len(set(kinds)) == 1)
+        self._caught: torch.Tensor | None = None
+        if self.shares_prefix:
+            model.get_decoder().layers[self.first].register_forward_pre_hook(self._catch, with_kwargs=True)
+
+    def _catch(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if layer.training:
+            self._caught = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    @torch.no_grad()
+    def states(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the dense model's last hidden states, [positions, hidden_size].
+
+        Args:
+            input_ids: int64 [batch, tokens], of the training forward that has just run; padded on the right.
+            positions: int64 [positions], indices into the flattened [batch * tokens].
+        """
+        decoder = self.model.get_decoder()
+        routing = Routing(token_mask=None, sparse=False, enabled=False)
+        if self.shares_prefix:
+            with _from_layer(decoder, self.first):
+                output = decoder(inputs_embeds=self._caught, routing=routing, use_cache=False)
+            self._caught = None
+        else:
+            output = decoder(input_ids=input_ids, routing=routing, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1).index_select(0, positions)
+
+
+@contextmanager
+def _from_layer(decoder: nn.Module, first: int) -> Iterator[None]:
+    layers = decoder.layers
+    decoder.layers = layers[first:]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the sum over positions of `KL(teacher || student)`, in nats, float32 [].
+
+    Args:
+        student: logits [positions, vocabulary], of any floating dtype, with gradient.
+        teacher: logits of the same shape.
+        targets: int64 [positions]; a position with -100 does not count.
+    """
+    student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    divergence = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+    return torch.where(targets != -100, divergence, 0.0).sum()
+
+
+def distilled_nll(
+    states: torch.Tensor, teacher: torch.Tensor, head: nn.Linear, targets: torch.Tensor, weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `(1 - weight) nll + weight KL`, and without gradient `nll` and `KL`, all sums, float32 [].
+
+    In the memory of `ROWS_OF_LOGITS` rows of both models' logits, as `next_token_nll`.
+
+    Args:
+        states: [positions, hidden_size], the last hidden states that predict the targets.
+        teacher: the same of the dense model, without gradient.
+        head: the language model's output embeddings, without bias.
+        targets: int64 [positions]; -100 does not count.
+        weight: of the divergence, from 0 to 1.
+    """
+    table, device = head.weight, states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        states, teacher, table = states.to(dtype), teacher.to(dtype), table.to(dtype)
+    return _DistilledNLL.apply(states, table, teacher, targets, weight)
+
+
+class _DistilledNLL(torch.autograd.Function):
+    """Takes the gradient in the forward, while a chunk's logits are there; the backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, states, table, teacher, targets, weight):
+        nll, divergence = torch.zeros(2, dtype=torch.float32, device=states.device).unbind()
+        states_grad = torch.empty_like(states)
+        table_grad = torch.zeros_like(table, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(states), ROWS_OF_LOGITS):
+            rows = slice(start, start + ROWS_OF_LOGITS)
+            counted = (targets[rows] != -100).unsqueeze(-1)  # [rows, 1]
+            index = targets[rows].clamp(min=0).unsqueeze(-1)
+            log_q = nn.functional.linear(states[rows], table).float().log_softmax(-1)  # [rows, vocabulary]
+            log_p = nn.functional.linear(teacher[rows], table).float().log_softmax(-1)
+            nll = nll - torch.where(counted, log_q.gather(-1, index), 0.0).sum()
+            p = log_p.exp()
+            divergence = divergence + torch.where(counted, (p * (log_p - log_q)).sum(dim=-1, keepdim=True), 0.0).sum()
+            # d nll / d logits = q - onehot, d KL / d logits = q - p
+            gradient = log_q.exp_().sub_(p, alpha=weight)
+            gradient.scatter_add_(-1, index, torch.full_like(index, weight - 1, dtype=gradient.dtype))
+            gradient = torch.where(counted, gradient, 0.0).to(table.dtype)
+            torch.mm(gradient, table, out=states_grad[rows])
+            if table_grad is not None:
+                table_grad += gradient.T @ states[rows]
+        ctx.save_for_backward(states_grad, None if table_grad is None else table_grad.to(table.dtype))
+        ctx.mark_non_differentiable(nll, divergence)
+        return (1 - weight) * nll + weight * divergence, nll, divergence
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        grads = [None if grad is None else grad * grad_output for grad in ctx.saved_tensors]
+        return *grads, None, None, None

@@ -1,0 +1,122 @@
+"""Which layers can be left out for all inputs: static Layer Drop, against which routing is measured.
+
+By cosine similarity, as the paper's baseline does (Figures 2 and 3): the layers whose branch changes the residual
+stream least. Greedily by loss: one layer after the other, each time the one without which the loss on some text is
+lowest.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from utils.model.routing_mod import Decision
+
+from .losses import executed_inputs
+
+Batch = Mapping[str, torch.Tensor]
+"""`input_ids`, `attention_mask` and `labels`, int64 [batch, tokens]."""
+
+
+@torch.no_grad()
+def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, float]:
+    """Return layer index -> mean cosine between the residual stream before and after the routed branch, over tokens.
+
+    Args:
+        model: a routed model, in evaluation mode; it runs densely.
+        batches: text.
+    """
+    settings, layers = model.config.mod_settings, model.get_decoder().layers
+    sums = dict.fromkeys(settings.layers, 0.0)
+    before: dict[int, torch.Tensor] = {}
+    mask, tokens = None, 0
+
+    def add(layer: int, after: torch.Tensor) -> None:
+        cosine = nn.functional.cosine_similarity(before[layer].float(), after.float(), dim=-1)
+        sums[layer] += float(cosine[mask].sum())
+
+    def watch(layer: int) -> list:
+        block = layers[layer]
+
+        def enter(module, args, kwargs):
+            before[layer] = args[0] if args else kwargs["hidden_states"]
+
+        def leave(module, args, kwargs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            add(layer, output if settings.target == "block" else before[layer] + output)
+
+        start = {"attn": block, "block": block, "mlp": block.post_attention_layernorm}[settings.target]
+        end = {"attn": block.self_attn, "block": block, "mlp": block.mlp}[settings.target]
+        return [
+            start.register_forward_pre_hook(enter, with_kwargs=True),
+            end.register_forward_hook(leave, with_kwargs=True),
+        ]
+
+    hooks = [hook for layer in settings.layers for hook in watch(layer)]
+    try:
+        for batch in batches:
+            mask = batch["attention_mask"].bool()
+            tokens += int(mask.sum())
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            model(**inputs, route=False, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {layer: total / tokens for layer, total in sums.items()}
+
+
+@torch.no_grad()
+def loss_without(model: nn.Module, batches: Iterable[Batch], dropped: Collection[int]) -> float:
+    """Return the mean loss over supervised tokens where the layers `dropped` skip every input."""
+    total = tokens = 0.0
+    for batch in batches:
+        count = float((batch["labels"][:, 1:] != -100).sum())
+        total += count * float(model(**batch, use_cache=False, gate_rule=drop(dropped)).loss)
+        tokens += count
+    return total / tokens
+
+
+@torch.no_grad()
+def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = True) -> tuple[float, float]:
+    """Return the mean loss over supervised tokens and the share of inputs executed, as the model decides by itself."""
+    total = tokens = ran = inputs = 0.0
+    for batch in batches:
+        count = float((batch["labels"][:, 1:] != -100).sum())
+        output = model(**batch, use_cache=False, route=route)
+        total, tokens = total + count * float(output.loss), tokens + count
+        if route:
+            executed, sizes = executed_inputs(output.router_gates, batch["attention_mask"])
+            ran, inputs = ran + float(executed.mean(dim=0).sum()), inputs + float(sizes.sum())
+    return total / tokens, ran / inputs if route else 1.0
+
+
+def drop(dropped: Collection[int]) -> Callable[[int, torch.Tensor], Decision]:
+    """Return the `gate_rule` that skips every input of the layers `dropped`, and keeps the rest."""
+
+    def rule(layer: int, inputs: torch.Tensor) -> Decision:
+        gates = inputs.new_full(inputs.shape[:-1], float(layer not in dropped), dtype=torch.float32)
+        return Decision(gates, gates)
+
+    return rule
+
+
+def most_similar(model: nn.Module, batches: Sequence[Batch], count: int) -> list[int]:
+    """Return the `count` routed layers whose branch changes the residual stream least, the least first."""
+    similarity = branch_similarity(model, batches)
+    return sorted(similarity, key=similarity.get, reverse=True)[:count]
+
+
+def greedy(model: nn.Module, batches: Sequence[Batch], count: int, progress: bool = False) -> list[int]:
+    """Return `count` routed layers, each the one whose loss, beside those already left out, is lowest."""
+    layers, chosen = model.config.mod_settings.layers, []
+    runs = sum(len(layers) - step for step in range(count))
+    with tqdm(total=runs, desc="leaving out layers", disable=not progress) as bar:
+        for _ in range(count):
+            losses = {}
+            for layer in layers:
+                if layer not in chosen:
+                    losses[layer] = loss_without(model, batches, {*chosen, layer})
+                    bar.update()
+            chosen.append(min(losses, key=losses.get))
+    return chosen

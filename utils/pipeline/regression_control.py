@@ -1,0 +1,136 @@
+"""Routers by regression: each learns to predict what skipping its layer costs an input, and skips below a price.
+
+At sequence level a run has few inputs, one for each row and layer, and routers trained by gradient steps end as static
+choices of layers. The cost can be measured instead. With the gates of all layers at `a`, between skipped (0) and kept
+(1), one backward pass gives for each input and layer
+
+    D = -dL/dg  at  g = a,
+
+`L` being the loss summed over the row's supervised tokens: at the dense model itself the divergence from it has no
+slope. A ridge regression of `D` on what the router reads, its strength chosen by the error on left-out rows in closed
+form, gives `D ~ W x + c`. An input is executed where the predicted cost is at least a price, the same for all layers,
+`W x + c >= price`, so the layer's cut is `price - c`; the calibration finds the price at which the target share of
+inputs is executed.
+
+Nothing is drawn and no learning rate matters; the routers stay at zero until the end of training.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from utils.model.routing_mod import Decision, MoDRouter
+
+GATE = 0.7
+"""Value `a` of all gates while costs are measured."""
+STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-4, 7))
+"""Candidates for the ridge, in units of the average input's squared length."""
+
+
+class RegressionControl:
+    """Measures costs in training, and turns them into routers at its end.
+
+    Args:
+        routers: layer index -> router, ascending.
+        target: capacity to reach, in [0, 1].
+    """
+
+    def __init__(self, routers: Mapping[int, MoDRouter], target: float):
+        self.routers = dict(routers)
+        self.target = target
+        self.rows: list[torch.Tensor] = []  # each [rows, layers, hidden_size + 1]: router inputs and the cost
+        self._window: list[tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = []
+
+    def rule(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> Callable[[int, torch.Tensor], Decision]:
+        """Return the `gate_rule` of a micro-batch: gates of `GATE` whose gradient is kept.
+
+        Args:
+            input_ids, attention_mask: int64 [batch, tokens].
+            counts: bool [batch], False for rows that are there for the second time; None for all True.
+        """
+        measured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        counts = input_ids.new_ones(len(input_ids)) if counts is None else counts
+        self._window.append((counts, measured))
+
+        def measure(layer: int, inputs: torch.Tensor) -> Decision:
+            gates = torch.full(inputs.shape[:-1], GATE, device=inputs.device, requires_grad=True)
+            measured.setdefault(layer, (inputs.detach(), gates))  # activation checkpointing comes here twice
+            scores = 0.0 * self.routers[layer](inputs)  # every router has a part in every step, on every process
+            return Decision(scores + GATE, gates + scores)
+
+        return measure
+
+    def loss(self, capacity: torch.Tensor) -> torch.Tensor:
+        """Return 0: nothing is pushed."""
+        return 0.0 * capacity
+
+    def step(self, progress: float, rate: float, accelerator: Any, summed: float = 1.0) -> None:
+        """Close an accumulation window: collect what was measured on all processes.
+
+        Args:
+            progress, rate: not needed.
+            accelerator: of the run.
+            summed: what the window's loss was divided by.
+        """
+        rows, there = [], []
+        for counts, measured in self._window:
+            parts = [torch.cat([x.float(), -summed * gates.grad[:, None]], dim=1) for x, gates in measured.values()]
+            rows.append(torch.stack(parts, dim=1))  # [batch, layers, hidden_size + 1]
+            there.append(counts.to(torch.int64))
+        self._window = []
+        parts = (torch.cat(rows), torch.cat(there))
+        rows, there = (accelerator.gather(accelerator.pad_across_processes(values)) for values in parts)
+        self.rows.append(rows[there > 0].cpu())
+
+    def solve(self) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]]]:
+        """Return layer index -> router weight, float32 [1, hidden_size], and layer index -> cut and its unit."""
+        rows = torch.cat(self.rows).double()
+        fits = [ridge(rows[:, place, :-1], rows[:, place, -1]) for place in range(len(self.routers))]
+        price = float(torch.cat([left_out for *_, left_out in fits]).quantile(1 - self.target))
+        weights = {layer: fit[0].float()[None] for layer, fit in zip(self.routers, fits, strict=True)}
+        cuts = {layer: (price - fit[1], 1.0) for layer, fit in zip(self.routers, fits, strict=True)}
+        return weights, cuts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that training goes on from, at the end of a window."""
+        return {"rows": torch.cat(self.rows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.rows = [state["rows"]]
+
+
+def ridge(inputs: torch.Tensor, costs: torch.Tensor) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Fit `costs ~ inputs w + c` with the ridge that predicts left-out rows best.
+
+    Args:
+        inputs: float64 [rows, features].
+        costs: float64 [rows].
+
+    Returns:
+        `w` [features], `c`, and the prediction for each row by the fit without it [rows].
+    """
+    mean, scale = inputs.mean(dim=0), inputs.std(dim=0)
+    scale = scale + 0.1 * scale.mean() + 1e-12  # a feature that hardly varies is not blown up
+    features, centre = (inputs - mean) / scale, costs.mean()
+    kernel = features @ features.T / features.shape[1]  # [rows, rows]
+    values, vectors = torch.linalg.eigh(kernel)
+    values = values.clamp(min=0.0)
+    projected = vectors.T @ (costs - centre)
+    unit = values.mean()
+    best = None
+    for strength in STRENGTHS:
+        ridge_size = strength * unit + 1e-12
+        dual = vectors @ (projected / (values + ridge_size))
+        # the diagonal of the inverse; the mean takes one more degree of freedom
+        diagonal = (vectors**2 / (values + ridge_size)).sum(dim=1) - 1 / (ridge_size * len(costs))
+        errors = dual / diagonal.clamp(min=1e-12 / ridge_size)
+        error = float((errors**2).mean())
+        if best is None or error < best[0]:
+            best = error, dual, errors
+    _, dual, errors = best
+    w = features.T @ dual / features.shape[1] / scale
+    return w, float(centre - mean @ w), costs - errors
