@@ -51,6 +51,7 @@ def test_rows_items_and_data_can_be_set_for_all_runs(tmp_path):
     assert train.environment["GRANULARITY"] == "mlp_token"
     assert evaluate.text.endswith("--limit 3 --data_dir /d")
     assert len(plan.left_out) == 5
+    assert collect(plan)["scale"].endswith("This one was made with 8 rows and 3 items of each task only.")
 
 
 @pytest.mark.parametrize(

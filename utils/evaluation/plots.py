@@ -89,12 +89,21 @@ def draw_pareto(axes: Axes, value: dict[str, Any]) -> None:
         if not front or sign * point["y"] > sign * front[-1]["y"]:
             front.append(point)
     axes.plot([p["x"] for p in front], [p["y"] for p in front], color="black", linewidth=1, drawstyle="steps-post")
+    middle = (points[0]["x"] + points[-1]["x"]) / 2
     for number, point in enumerate(points):
         color, marker, _ = STYLES[number % len(STYLES)]
         axes.errorbar(
             point["x"], point["y"], yerr=point.get("stderr"), color=color, marker=marker, linestyle="", capsize=2
         )
-        axes.annotate(point["name"], (point["x"], point["y"]), (5, 5), textcoords="offset points", fontsize=8)
+        right = point["x"] > middle  # where a name would run out of the figure
+        axes.annotate(
+            point["name"],
+            (point["x"], point["y"]),
+            (-6 if right else 6, 5),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right" if right else "left",
+        )
     axes.margins(0.15)
     axes.set(xlabel=value["x_label"], ylabel=value["y_label"])
 

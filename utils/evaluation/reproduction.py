@@ -131,6 +131,11 @@ def make_plan(
     config = yaml.safe_load((configs / f"{name}.yaml").read_text(encoding="utf-8"))
     scales = yaml.safe_load((configs / "scales.yaml").read_text(encoding="utf-8"))
     scale = scales[scale_name]
+    changed = [
+        f"{n} {what}" for n, what in ((max_train_samples, "rows"), (limit, "items of each task")) if n is not None
+    ]
+    if changed:
+        scale["description"] += f" This one was made with {' and '.join(changed)} only."
     names = [run["name"] for run in config["runs"]]
     for run in only:
         if run not in names:
