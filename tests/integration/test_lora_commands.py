@@ -45,10 +45,11 @@ def test_the_output_merges_and_trains_on_only_when_merged(with_lora, workplace, 
 
 @pytest.mark.slow
 @LINUX
-def test_two_processes_train_the_same_adapter_and_routers(with_lora, workplace, finetune):
-    finetune(workplace / "lora-ddp", *LORA, launcher=launcher("ddp"))
+@pytest.mark.parametrize("way", ["ddp", "deepspeed_zero1", "deepspeed_zero2"])
+def test_two_processes_train_the_same_adapter_and_routers(with_lora, workplace, finetune, way):
+    finetune(workplace / f"lora-{way}", *LORA, launcher=launcher(way), DS_ACCELERATOR="cpu")
     for name in FILES:
-        one, other = load_file(with_lora / name), load_file(workplace / "lora-ddp" / name)
+        one, other = load_file(with_lora / name), load_file(workplace / f"lora-{way}" / name)
         assert one.keys() == other.keys()
         for key, tensor in one.items():
             torch.testing.assert_close(other[key], tensor, rtol=0, atol=2e-5)  # Adam divides by small gradients

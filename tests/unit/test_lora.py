@@ -260,9 +260,10 @@ class TestMistakes:
         with pytest.raises(UserError, match=message):
             RouterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **arguments)
 
-    def test_deepspeed_is_refused(self, tmp_path, monkeypatch):
+    def test_zero_3_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-        with pytest.raises(UserError, match="use_lora does not work under DeepSpeed; DDP does"):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+        with pytest.raises(UserError, match="use_lora does not work under ZeRO-3"):
             RouterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, use_lora=True)
 
     def test_learning_rates_follow_from_who_trains(self, tmp_path):

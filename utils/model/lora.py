@@ -6,6 +6,7 @@ checkpoint, and plain peft loads it onto the checkpoint that the run started fro
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,16 +100,24 @@ def add_lora(
         router.requires_grad_(True)
 
 
-def adapter_of(model: torch.nn.Module) -> Adapter:
-    """Return what is to be saved of a model with one adapter."""
+def adapter_of(
+    model: torch.nn.Module, whole: Callable[[torch.nn.Parameter], torch.Tensor | None] = lambda parameter: parameter
+) -> Adapter:
+    """Return what is to be saved of a model with adapters.
+
+    Args:
+        model: with one adapter.
+        whole: returns a parameter's value; DeepSpeed's is in its optimizer. None where it has none, before it trains.
+    """
     config = next(iter(model.peft_config.values())).to_dict()
     # without a base of its own: in a checkpoint it is for the weights beside it
     config |= {"base_model_name_or_path": None, "inference_mode": True}
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    weights = {
-        f"base_model.model.{name}": parameter.detach().float().cpu().contiguous().clone()
-        for name, parameter in _parameters(model).items()
-    }
+    weights = {}
+    for name, parameter in _parameters(model).items():
+        value = whole(parameter)
+        value = parameter if value is None else value
+        weights[f"base_model.model.{name}"] = value.detach().float().cpu().contiguous().clone()
     return Adapter(json.loads(json.dumps(config, default=str)), weights)
 
 

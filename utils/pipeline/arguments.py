@@ -373,8 +373,8 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError(f"lora_alpha {self.lora_alpha} must be a number above 0")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise UserError(f"lora_dropout {self.lora_dropout} must be at least 0 and below 1")
-        if self.use_lora and deepspeed_was_asked_for():
-            raise UserError("use_lora does not work under DeepSpeed; DDP does (configs/accelerate/ddp.yaml)")
+        if self.use_lora and zero_stage() == 3:
+            raise UserError("use_lora does not work under ZeRO-3, which has the weights in parts; ZeRO-1 and 2 do")
         for option in fields(self):
             given = option.name.startswith("lora_") and getattr(self, option.name) != option.default
             if given and not self.use_lora:

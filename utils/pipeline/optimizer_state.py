@@ -36,6 +36,7 @@ def gather_optimizer_state(model: nn.Module, optimizer: Any, wanted: bool = True
     if engine_state is None:
         return {}
     flat, values = engine_state
+    _link_state(partitioned)
     state: State = {}
     for name, parameter in _trained(model):
         state[name] = {
@@ -74,8 +75,7 @@ def restore_optimizer_state(model: nn.Module, optimizer: Any, state: State) -> N
         partitioned.optimizer.state[flat] = {
             key: torch.zeros_like(flat) if _is_whole(value) else _copy(value) for key, value in sample.items()
         }
-    if hasattr(partitioned, "_lazy_init_hp_params_optimizer_state"):
-        partitioned._lazy_init_hp_params_optimizer_state()
+    _link_state(partitioned)
     for name, parameter in _trained(model):
         device = parameter.device
         for key, value in state[name].items():
@@ -97,6 +97,17 @@ def _parts(partitioned: Any) -> Any:
         if hasattr(partitioned, name):
             return getattr(partitioned, name)
     return None
+
+
+def _link_state(partitioned: Any) -> None:
+    """Let each parameter find its part of the optimizer's state.
+
+    Stages 1 and 2 do so once, when the first group has made its first step and the others have no state yet
+    (deepspeed 0.19).
+    """
+    if hasattr(partitioned, "_lazy_init_hp_params_optimizer_state"):
+        partitioned._hp_optimizer_states_linked = False
+        partitioned._lazy_init_hp_params_optimizer_state()
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

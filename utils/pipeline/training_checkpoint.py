@@ -110,8 +110,14 @@ class TrainingCheckpoints:
         return {name: weight.detach().float().cpu().clone() for name, weight in routers.items()}
 
     def adapter(self) -> Adapter | None:
-        """Return the LoRA adapter that is trained, or None."""
-        return adapter_of(self.model) if self.args.use_lora else None
+        """Return the LoRA adapter that is trained, or None; every process must call it."""
+        if not self.args.use_lora:
+            return None
+        if self.is_deepspeed_enabled and self.optimizer is not None:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            return adapter_of(self.model, safe_get_full_fp32_param)
+        return adapter_of(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the routers into a training checkpoint; with a trained backbone, all weights."""
