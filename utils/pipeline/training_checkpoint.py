@@ -1,9 +1,9 @@
-"""What a run goes on from: `checkpoint-N` folders of kilobytes, with all but the frozen backbone.
+"""What a run goes on from: small `checkpoint-N` folders, with all but the frozen backbone.
 
-A checkpoint holds routers (and whatever else trains), optimizer, scheduler, random states, the Trainer's state, which
-has the position in the data, and a manifest. One process writes it into a folder of another name that is then renamed,
-so what is called `checkpoint-N` was whole when it was written; the manifest's hashes show whether it still is. It loads
-into any number of processes, with or without DeepSpeed.
+A checkpoint holds routers (and whatever else trains), optimizer, scheduler, the capacity control's state, random
+states, the Trainer's state, which has the position in the data, and a manifest. One process writes it into a folder of
+another name that is then renamed, so what is called `checkpoint-N` was whole when it was written; the manifest's hashes
+show whether it still is. It loads into any number of processes, with or without DeepSpeed.
 
 With a trained backbone under DeepSpeed the engine writes files of its own, a part from each process, which load into as
 many processes only.
@@ -155,9 +155,6 @@ class TrainingCheckpoints:
                 load_adapter(model if model is not None else self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.capacity_control is not None:
-            state = torch.load(Path(resume_from_checkpoint, CONTROL_FILE), map_location="cpu", weights_only=True)
-            self.capacity_control.load_state_dict(state)
 
     def _get_output_dir(self, trial):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -275,6 +272,10 @@ class TrainingCheckpoints:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         else:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint and self.capacity_control is not None:
+            # now that the routers are where they stay; an engine that loads its own files comes by here too
+            state = torch.load(Path(resume_from_checkpoint, CONTROL_FILE), map_location="cpu", weights_only=True)
+            self.capacity_control.load_state_dict(state)
         check_engine(self.args, self.model_wrapped, self.is_deepspeed_enabled)
         return prepared
 
