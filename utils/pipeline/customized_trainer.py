@@ -101,7 +101,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             return batches, None
         last = batches[-1]
         # accelerate forgets the remainder when it skips to where a run left off (1.15)
-        remainder = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
+        together = self._train_batch_size * self.args.world_size
+        remainder = 0 if self.args.dataloader_drop_last else len(self.train_dataset) % together
         real = self._real_rows(len(last["labels"]), remainder, last["labels"].device)
         last["targets"] = _without(last, ~real)
         last["real"] = real
@@ -109,7 +110,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
         inputs = sequences
         if self.model.config.mod_settings.level == "token":
-            inputs = sum(_mask(batch).sum() for batch in batches[:-1]) + _mask(last)[real].sum()
+            inputs = sum(_mask(batch).sum() for batch in batches[:-1]) + (_mask(last) * real[:, None]).sum()
         received = torch.tensor(int(self.termination.received))
         counts = torch.stack([count.to(device) for count in (tokens, sequences, inputs, received)])
         if self.args.world_size > 1:
@@ -223,6 +224,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
                 self.set_router(routers[layer], weight)
         elif self.capacity_control is not None:
             cuts = self.capacity_control.cuts()
+        elif not len(calibration_rows):
+            return
         else:
             thresholds = {layer: settings.threshold_of(layer) for layer in settings.layers}
             cuts = {layer: (math.log(value / (1 - value)), 1.0) for layer, value in thresholds.items()}
@@ -232,13 +235,12 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             show = self.is_world_process_zero() and not self.args.disable_tqdm
             settled, share = calibrate(self.model, batches, cuts, self.args.target_capacity, progress=show)
             logger.info("calibrated on %d rows: they execute %.3f of their inputs", len(calibration_rows), share)
-        if self.capacity_control is not None or len(calibration_rows):
-            thresholds, factors = fold(settled)
-            weights = self.router_state()
-            for layer, factor in factors.items():
-                if factor != 1.0:
-                    self.set_router(routers[layer], weights[router_name(layer)] * factor)
-            set_thresholds(self.model, thresholds)
+        thresholds, factors = fold(settled)
+        weights = self.router_state()
+        for layer, factor in factors.items():
+            if factor != 1.0:
+                self.set_router(routers[layer], weights[router_name(layer)] * factor)
+        set_thresholds(self.model, thresholds)
         self.capacity_control = None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
