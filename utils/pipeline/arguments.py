@@ -163,7 +163,10 @@ class RouterTrainingArguments(TrainingArguments):
         },
     )
     gradient_scale: float | None = field(
-        default=None, metadata={"help": "Weight lambda of the hinge (Eq. 9); 0 switches it off. Default: 0.3."}
+        default=None,
+        metadata={
+            "help": "Weight lambda of the hinge (Eq. 9); 0 switches it off. Default: 0.3, the paper's recipe 0.1."
+        },
     )
     target_capacity: float = HfArg(
         default=0.5,
@@ -292,8 +295,10 @@ class RouterTrainingArguments(TrainingArguments):
             self.distillation_weight = 0.0  # the teacher would be the backbone that trains
         self._given = {name for name in (*RECIPES[self.recipe], "warmup_steps") if getattr(self, name) is not None}
         for name, value in RECIPES[self.recipe].items():
-            if name not in self._given:
-                setattr(self, name, value)
+            of_routers = name == "learning_rate" and (self.use_lora or not self.router_only)
+            field_name = "router_learning_rate" if of_routers else name
+            if getattr(self, field_name) is None:
+                setattr(self, field_name, value)
         if self.capacity_control is not None:
             _choice("capacity_control", self.capacity_control, CAPACITY_CONTROLS)
         if self.warmup_steps is None:
