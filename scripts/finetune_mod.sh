@@ -46,6 +46,7 @@ for field in MAX_TRAIN_SAMPLES MAX_SEQ_LENGTH MOD_N GLOBAL_BATCH_SIZE MICRO_BATC
   MACHINE_RANK PORT SEED; do
   [[ "${!field:-0}" =~ ^[0-9]+$ ]] || die "$field=${!field}: not a whole number"
 done
+[[ "${DRY_RUN:-0}" =~ ^[01]$ ]] || die "DRY_RUN=$DRY_RUN: allowed are 0 and 1"
 if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$PORT" == 0 || -z "${OUTPUT_DIR:-}" ]]; then
   die "NUM_MACHINES=$NUM_MACHINES needs MAIN_PROCESS_IP, PORT and OUTPUT_DIR, the same on every machine"
 fi
