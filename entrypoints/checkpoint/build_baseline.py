@@ -44,6 +44,7 @@ def main() -> None:
         load_tokenizer,
         make_settings,
         read_config,
+        router_name,
         set_thresholds,
         write_checkpoint,
     )
@@ -101,7 +102,7 @@ def main() -> None:
         logging.info("left out, in this order: %s; capacity %.4f", chosen, 1 - count / len(routers))
         thresholds = [0.75 if layer in chosen else 0.5 for layer in routers]  # routers at zero score one half
     set_thresholds(model, thresholds)
-    weights = {f"model.layers.{layer}.router.weight": router.weight for layer, router in routers.items()}
+    weights = {router_name(layer): router.weight for layer, router in routers.items()}
     write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights)
     dense, _ = loss_and_capacity(model, held_out_batches, route=False)
     loss, capacity = loss_and_capacity(model, held_out_batches)

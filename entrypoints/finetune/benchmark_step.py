@@ -5,7 +5,7 @@
 
 For each batch size and length the rows that fill it best are taken, and measured in turn:
 
-    ours             the step of the trainer: forward and backward, without the optimizer
+    ours             the trainer's step with the hinge: forward and backward, without teacher and optimizer
     straightforward  the same losses with gradients from the embeddings on, and logits of every token
     forward          hidden states alone, without gradient
     suffix           forward, losses and backward from the input of the first routed layer on; what it takes beyond its

@@ -1,6 +1,7 @@
 """What a router-tuning step costs, beside the straightforward way and beside the sum of its parts.
 
-The measured step is the trainer's forward, losses and backward, called without the Trainer around it.
+The measured step is the trainer's forward, losses and backward with the hinge and without distillation, called without
+the Trainer around it.
 """
 
 import statistics
