@@ -360,6 +360,11 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError("average_tokens_across_devices must be left on: the loss is the mean over all processes")
         if self.load_best_model_at_end or self.metric_for_best_model or self.save_strategy == "best":
             raise UserError("load_best_model_at_end and metric_for_best_model are not supported: the last routers stay")
+        if self.auto_find_batch_size:
+            raise UserError(
+                "auto_find_batch_size is not supported: it would change the global batch; lower "
+                "--per_device_train_batch_size, which doesn't"
+            )
         if self.save_only_model:
             raise UserError("save_only_model is not supported: no run could go on from such a checkpoint")
         if self.save_on_each_node:

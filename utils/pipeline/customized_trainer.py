@@ -48,8 +48,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     `train_sampler`, if given, orders the training rows instead of Trainer's own sampler.
 
-    Logged besides Trainer's own: `task_loss` (true mean over the supervised tokens), `mod_loss`, `capacity`, and
-    `capacity/layer_i`.
+    Logged besides Trainer's own: `task_loss` (true mean over the supervised tokens), `distillation_loss` where it is
+    learned from, `mod_loss`, `capacity`, and `capacity/layer_i`; the last three not while a regression measures, whose
+    gates are no decisions.
     """
 
     def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):

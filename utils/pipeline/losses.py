@@ -7,7 +7,8 @@ the hidden states on the way: no [tokens, vocabulary] is ever held or computed t
 one micro-batch (`layer`); with a micro-batch of one sequence that is 0 or 1 at sequence level, so every target below 1
 gives the same gradient. With `global` the hinge acts on each sequence: its capacity is the share of its inputs, over
 all routed layers, that are executed. That steers at any batch size, and the same sequences give the same loss however
-they are cut into micro-batches, processes and accumulation steps. The other control is in `capacity_control.py`.
+they are cut into micro-batches, processes and accumulation steps. Other controls are in `capacity_control.py` and
+`regression_control.py`.
 """
 
 import torch
