@@ -1,7 +1,9 @@
 """Plans of the paper's tables: what a step is, when it is done, and what is collected of it."""
 
 import json
+import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import yaml
 
 from utils.evaluation.reproduction import Step, collect, figure_of, make_plan, markdown, run_folder, run_plan, run_step
 from utils.io.errors import UserError
+from utils.pipeline.arguments import RECIPES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/reproduce"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "scales")
@@ -35,8 +38,8 @@ def test_every_run_is_planned_or_named_as_left_out(name, scale, tmp_path):
     )
     assert len({step.makes for step in plan.steps}) == len(plan.steps)
     for run in plan.runs:
-        kinds = [step.kind for step in plan.steps if step.run == run["name"]]
-        assert "train" in kinds
+        kinds = {step.kind for step in plan.steps if step.run == run["name"]}
+        assert kinds & {"train", "baseline"} or (not kinds and run["paper_only"])
     for step in plan.steps:
         if step.kind == "train":
             assert step.environment["OUTPUT_DIR"].startswith(str(tmp_path / name / scale))
@@ -52,6 +55,34 @@ def test_rows_items_and_data_can_be_set_for_all_runs(tmp_path):
     assert evaluate.text.endswith("--limit 3 --data_dir /d")
     assert len(plan.left_out) == 5
     assert collect(plan)["scale"].endswith("This one was made with 8 rows and 3 items of each task only.")
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "run"),
+    [("figure2", "small", "layer_drop"), ("table3", "paper", "random"), ("table7", "paper", "olmoe_expert_drop")],
+)
+def test_a_baseline_is_made_by_a_command_that_takes_its_arguments(name, scale, run, tmp_path, repository, monkeypatch):
+    plan = plan_of(name, scale, tmp_path, only=[run])
+    (step,) = (step for step in plan.steps if step.kind == "baseline")
+    _, script, *arguments = step.command
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    parsed = runpy.run_path(str(repository / script))["parse_arguments"]()
+    assert Path(parsed.output_dir) == step.makes.parent
+    share = parsed.share if name == "table7" else 1 - parsed.capacity
+    assert share == 1 - float(step_environment(plan, run).get("TARGET_CAPACITY", 0.5))
+
+
+def step_environment(plan, run):
+    """What a training of this run would be set to."""
+    (chosen,) = (one for one in plan.runs if one["name"] == run)
+    return plan.config.get("environment", {}) | chosen.get("environment", {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_one_that_a_training_knows(name):
+    for run in yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["runs"]:
+        given = run.get("train_arguments", [])
+        assert all(recipe in RECIPES for option, recipe in pairwise(given) if option == "--recipe")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +181,13 @@ def test_what_is_collected_stands_beside_the_papers(tmp_path):
     assert {point["name"]: (point["x"], point["y"]) for point in value["points"]} == {
         **{"attn_sequence": (1.25, 1.6), "mlp_token": (2.0, 1.7), "dense": (1.0, 1.5)},
     }
+
+
+def test_what_only_the_paper_has_is_said_to_be_so(tmp_path):
+    plan = plan_of("table3", "small", tmp_path)
+    lines = markdown(collect(plan), "bash x.sh").splitlines()
+    assert "| dlo | - | 60.5 | - | - | - | - |" in lines
+    assert lines[-1].endswith("no code for it here: dlo, skip_transformer.")
 
 
 def test_figures_of_layers_and_series(tmp_path):

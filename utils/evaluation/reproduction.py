@@ -42,7 +42,7 @@ class Step:
     """One command of a reproduction.
 
     Args:
-        run, kind: of which run it is, and `build`, `train`, `evaluate` or `benchmark`.
+        run, kind: of which run it is, and `build`, `train`, `baseline`, `evaluate` or `benchmark`.
         command: what is executed, from the root of the repository.
         environment: set for it.
         makes: the file that is there when it is done.
@@ -184,7 +184,8 @@ def collect(plan: Plan) -> dict[str, Any]:
     """Gather what the runs' files say.
 
     Returns:
-        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number), `dense` and `left_out`.
+        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number), `dense`, `paper_only` and
+        `left_out`.
     """
     rows = []
     dense: dict[str, float] = {}
@@ -199,6 +200,7 @@ def collect(plan: Plan) -> dict[str, Any]:
         "metrics": plan.config["metrics"],
         "rows": rows,
         "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
+        "paper_only": [run["name"] for run in plan.runs if run.get("paper_only")],
         "left_out": plan.left_out,
     }
 
@@ -214,6 +216,8 @@ def markdown(result: dict[str, Any], command: str) -> str:
     for row in [*bases, *result["rows"]]:
         cells = [_cell(row[who], metric) for metric in metrics for who in ("ours", "paper")]
         lines.append("| " + " | ".join([row["name"], *cells]) + " |")
+    if result["paper_only"]:
+        lines += ["", f"The paper's number alone, as there is no code for it here: {', '.join(result['paper_only'])}."]
     if result["left_out"]:
         lines += ["", f"Not at this scale: {', '.join(result['left_out'])}."]
     return "\n".join(lines) + "\n"
@@ -278,6 +282,8 @@ def _steps_of(
     limit: int | None,
     data_dir: Path | None,
 ) -> list[Step]:
+    if run.get("paper_only"):
+        return []
     model = run.get("model", config.get("model", {})).get(scale_name) or scale["model"]
     output = run_folder(folder, run["name"])
     checkpoint = output / "checkpoint"
@@ -298,17 +304,47 @@ def _steps_of(
     benchmark = ["bash", "scripts/benchmark.sh", str(checkpoint), "--output", str(output / "benchmark.json")]
     benchmark += [str(a) for a in scale["benchmark_arguments"]]
     train = ["bash", "scripts/finetune_mod.sh", *arguments]
+    made = {"train": (train, checkpoint / INDEX_FILE, environment)}
+    if "baseline" in run:
+        made = {"baseline": (_baseline(run["baseline"], environment), checkpoint / INDEX_FILE, {})}
     steps = {  # kind -> command, what it makes, its environment
         "build": (build, Path("ckpt") / model["folder"] / INDEX_FILE, {}),
-        "train": (train, checkpoint / INDEX_FILE, environment),
+        **made,
         "evaluate": (evaluate, output / "evaluation.json", {}),
         "benchmark": (benchmark, output / "benchmark.json", {}),
     }
     return [
         Step(run["name"], kind, tuple(command), makes, scale["minutes"][kind], environment)
         for kind, (command, makes, environment) in steps.items()
-        if kind in config.get("steps", steps)
+        if kind in made or kind in config.get("steps", steps)
     ]
+
+
+def _baseline(kind: str, environment: dict[str, str]) -> list[str]:
+    """Return the command that makes a checkpoint without training, for what a training would have been set to."""
+    checkpoint, output = f"ckpt/{environment['FOLDER_NAME']}", environment["OUTPUT_DIR"]
+    capacity = float(environment.get("TARGET_CAPACITY", 0.5))
+    if kind == "expert_drop":
+        share = ["--share", f"{1 - capacity:g}"]
+        return ["python", "entrypoints/checkpoint/drop_experts.py", checkpoint, output, *share]
+    options = {
+        "model_name_or_path": checkpoint,
+        "output_dir": output,
+        "train_file": _train_file(environment["DATA_TYPE"]),
+        "capacity": f"{capacity:g}",
+        "granularity": environment["GRANULARITY"],
+        "max_seq_length": environment["MAX_SEQ_LENGTH"],
+    }
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return ["python", "entrypoints/checkpoint/build_baseline.py", kind, *given]
+
+
+def _train_file(data_type: str) -> str:
+    """Return the file that `scripts/finetune_mod.sh` trains on."""
+    if data_type == "mixed":
+        return "data/mixed/data.jsonl"
+    there = any(Path(folder, data_type).exists() for folder in ("data/reformatted", "data/raw"))
+    return f"data/{'' if there or data_type != 'alpaca' else 'sample/'}reformatted/{data_type}/data.jsonl"
 
 
 def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
@@ -333,12 +369,7 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     benchmark = _read(folder / "benchmark.json")
     if benchmark:
         columns = benchmark["cells"][-1]["columns"]
-        seconds = {
-            name: sum(
-                columns[name][phase]["seconds"]["median"] for phase in ("prefill", "decode") if phase in columns[name]
-            )
-            for name in ("dense", "tuned")
-        }
+        seconds = {name: _generation_seconds(columns[name]) for name in ("dense", "tuned")}
         ours["speed"] = seconds["dense"] / seconds["tuned"]
         ours["kv_saved"] = 100 * (1 - columns["tuned"]["kv_bytes"] / columns["dense"]["kv_bytes"])
         dense |= {"speed": 1.0, "kv_saved": 0.0}
