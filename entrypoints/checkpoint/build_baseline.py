@@ -105,8 +105,10 @@ def main() -> None:
     weights = {router_name(layer): router.weight for layer, router in routers.items()}
     write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights)
     dense, _ = loss_and_capacity(model, held_out_batches, route=False)
-    loss, capacity = loss_and_capacity(model, held_out_batches)
+    loss, shares = loss_and_capacity(model, held_out_batches)
+    capacity = sum(shares.values()) / len(shares)
     routed = {"eval_loss": loss, "eval_capacity": capacity}
+    routed |= {f"eval_capacity/layer_{layer}": share for layer, share in shares.items()}
     held_out_results = {"dense": {"dense_loss": dense}, "routed": routed, "rows": len(held_out)}
     write_json(output_dir / "results.json", {"kind": args.kind, "held_out": held_out_results})
     logging.info("held-out loss %.4f (dense %.4f), capacity %.4f, on %d rows", loss, dense, capacity, len(held_out))

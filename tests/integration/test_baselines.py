@@ -6,6 +6,7 @@ import sys
 import pytest
 from commands import run
 
+from utils.evaluation.inspection import inspect_checkpoint
 from utils.model.checkpoint import load_mod_model
 
 
@@ -20,6 +21,8 @@ def test_a_baseline_is_a_checkpoint_at_its_capacity(workplace, repository, tmp_p
     assert mod["target_capacity"] == 0.667
     results = json.loads((tmp_path / "out/results.json").read_text())["held_out"]
     assert results["routed"]["eval_capacity"] == pytest.approx(2 / 3, abs=0.2 if kind == "random" else 1e-6)
+    layers = inspect_checkpoint(tmp_path / "out", [96])["trained"]["layers"]
+    assert sum(layers.values()) / len(layers) == pytest.approx(results["routed"]["eval_capacity"])
     routers = load_mod_model(tmp_path / "out").router_modules().values()
     if kind == "random":
         assert all(router.weight.any() for router in routers)

@@ -78,17 +78,26 @@ def loss_without(model: nn.Module, batches: Iterable[Batch], dropped: Collection
 
 
 @torch.no_grad()
-def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = True) -> tuple[float, float]:
-    """Return the mean loss over supervised tokens and the share of inputs executed, as the model decides by itself."""
-    total = tokens = ran = inputs = 0.0
+def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = True) -> tuple[float, dict[int, float]]:
+    """Return the mean loss over supervised tokens and layer -> share of inputs executed, as the model decides itself.
+
+    Args:
+        model: a routed model, in evaluation mode.
+        batches: text.
+        route: False runs the dense base, of which there are no shares.
+    """
+    total = tokens = inputs = 0.0
+    ran = torch.zeros(len(model.config.mod_settings.layers))
     for batch in batches:
         count = float((batch["labels"][:, 1:] != -100).sum())
         output = model(**batch, use_cache=False, route=route)
         total, tokens = total + count * float(output.loss), tokens + count
         if route:
             executed, sizes = executed_inputs(output.router_gates, batch["attention_mask"])
-            ran, inputs = ran + float(executed.mean(dim=0).sum()), inputs + float(sizes.sum())
-    return total / tokens, ran / inputs if route else 1.0
+            ran, inputs = ran + executed.sum(dim=1).cpu(), inputs + float(sizes.sum())
+    if not route:
+        return total / tokens, {}
+    return total / tokens, dict(zip(model.config.mod_settings.layers, (ran / inputs).tolist(), strict=True))
 
 
 def drop(dropped: Collection[int]) -> Callable[[int, torch.Tensor], Decision]:
