@@ -165,6 +165,7 @@ def main() -> None:
                 task: "lm_eval run --model hf --batch_size 1 --model_args "
                 f"pretrained={checkpoint},trust_remote_code=True --tasks {ready.task}"
                 + (f" --include_path {folder}" if arguments.data_dir else f" --num_fewshot {ready.num_fewshot}")
+                + (f" --limit {ready.limit_of_each(arguments.limit)}" if arguments.limit else "")
                 for task, ready in prepared.items()
             },
         },

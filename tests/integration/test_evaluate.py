@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
+from utils.evaluation.harness import identify_base
 from utils.evaluation.lm_eval_model import MoDLM
 from utils.evaluation.tasks import find_tasks, prepare_hub_tasks, prepare_local_tasks, read_table
 from utils.io.errors import UserError
@@ -84,6 +85,14 @@ def with_routers(source, directory, settings, scale, seed=1):
 def checkpoint(workplace):
     settings = make_settings(read_config(workplace / "ckpt/tiny-mod"))
     return with_routers(workplace / "base", workplace / "ckpt/mixed", settings, scale=1.0)
+
+
+def test_an_adapter_makes_another_base(checkpoint, tmp_path):
+    adapted = shutil.copytree(checkpoint, tmp_path / "adapted")
+    assert identify_base(adapted) == identify_base(checkpoint)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapted / name).write_text("{}")
+    assert identify_base(adapted) != identify_base(checkpoint)
 
 
 def requests():
@@ -245,6 +254,7 @@ def test_the_command_prints_the_columns_goes_on_and_keeps_the_dense_base(evaluat
     assert code == 0, error
     assert "done before" not in error
     assert written(out)["rows"]["routed"]["piqa"]["items"] == 3
+    assert written(out)["lm_eval"]["piqa"].endswith(" --limit 3")
 
 
 def test_local_tasks_are_the_built_in_ones_but_for_their_data(repository, data_dir, tmp_path):

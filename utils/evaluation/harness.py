@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from utils.io.files import write_json
 from utils.model.checkpoint import ROUTERS_FILE, is_mod, read_config, weight_map
+from utils.model.lora import ADAPTER_FILES, holds_adapter
 
 from .lm_eval_model import MoDLM
 from .tasks import Average, Column, Prepared, Table
@@ -31,14 +32,15 @@ SEED = 1234
 
 
 def identify_base(directory: str | Path) -> dict[str, Any]:
-    """Return what makes a dense base: its config and SHA-256 of its weights and tokenizer.
+    """Return what makes a dense base: its config and SHA-256 of its weights, its adapter and its tokenizer.
 
-    The same for a base and for every checkpoint that links or copies its weights.
+    The same for a base and for every checkpoint that links or copies its weights and has no adapter of its own.
     """
     directory = Path(directory)
     config = {name: value for name, value in read_config(directory).items() if name not in ("auto_map", "mod")}
     config["model_type"] = config["model_type"].removeprefix("mod_")
     files = sorted(set(weight_map(directory).values()) - {ROUTERS_FILE})
+    files += ADAPTER_FILES if holds_adapter(directory) else ()
     tokenizer = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file()]
     return {
         "config": _hash(config),
@@ -169,7 +171,7 @@ def _evaluate(
         model=model,
         tasks=[prepared.task],
         num_fewshot=prepared.num_fewshot,
-        limit=None if limit is None else -(-limit // prepared.subtasks),
+        limit=prepared.limit_of_each(limit),
         task_manager=manager,
         log_samples=False,
         random_seed=0,

@@ -82,6 +82,10 @@ class Prepared:
     shots: int
     data: str
 
+    def limit_of_each(self, limit: int | None) -> int | None:
+        """Return how many items each of its tasks may have, that together they are about `limit`; None for all."""
+        return None if limit is None else -(-limit // self.subtasks)
+
 
 def read_table(path: str | Path, tasks: list[str] | None = None) -> Table:
     """Read a table of `configs/evaluation`, or those of its columns that are named.
