@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.evaluation.costs import layer_cost, savings
 from utils.evaluation.inspection import describe_checkpoint, inspect_checkpoint
+from utils.evaluation.kv_memory import kv_bytes_by_layer
 from utils.io.errors import UserError
 from utils.model.checkpoint import build_mod_checkpoint, make_settings, read_config
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
@@ -62,6 +63,17 @@ def test_operations_of_a_mixture_of_experts_are_those_of_a_forward(arch):
     per_pair = (plain.queries - length * shorter.queries) / (pairs - length)
     total = expected["flops"] + config["num_hidden_layers"] * hidden_pairs * per_pair
     assert counted_flops(base, model_zoo.random_tokens(1, length)) == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize("arch", model_zoo.ALL_ARCHITECTURES)
+def test_kv_memory_is_that_of_a_cache(arch):
+    base = model_zoo.make_base(arch)
+    length = model_zoo.SLIDING_WINDOW - 1
+    with torch.inference_mode():
+        cache = base(model_zoo.random_tokens(1, length), use_cache=True).past_key_values
+    config = base.config.to_dict()
+    costs = [layer_cost(config, length, layer) for layer in range(model_zoo.NUM_LAYERS)]
+    assert kv_bytes_by_layer(cache) == [4 * cost.kv_elements for cost in costs]
 
 
 def test_kv_memory_of_the_papers_case(repository):

@@ -57,13 +57,13 @@ def layer_cost(config: dict[str, Any], length: int, layer: int = 0) -> LayerCost
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     seen = min(length, window or length)
     pairs = seen * (seen + 1) / 2 + (length - seen) * seen  # of a query and a key it may see
-    if config.get("kv_lora_rank"):  # DeepSeek-V2: keys and values are unpacked from a small vector
+    if config.get("kv_lora_rank"):  # DeepSeek-V2: keys and values are unpacked from a small vector, which is cached
         rank, rope, value_dim = config["kv_lora_rank"], config["qk_rope_head_dim"], config["v_head_dim"]
         head_dim = config["qk_nope_head_dim"] + rope
         q_rank = config.get("q_lora_rank")
         query_weights = hidden * q_rank + q_rank * heads * head_dim if q_rank else hidden * heads * head_dim
         key_weights = hidden * (rank + rope) + rank * heads * (head_dim - rope + value_dim)
-        kv_size = heads * (head_dim + value_dim)
+        kv_size = rank + rope
     else:
         head_dim = value_dim = config.get("head_dim") or hidden // heads
         query_weights = hidden * heads * head_dim
