@@ -5,6 +5,7 @@ import json
 import pytest
 from model_zoo import ARCHITECTURES, NUM_LAYERS, make_base, mod_config
 
+from utils.model.checkpoint import make_settings
 from utils.model.configuration_mod import GRANULARITIES, MoDLlamaConfig, MoDSettings, check_choice, routed_layers
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
@@ -130,6 +131,14 @@ def test_an_incomplete_or_misspelt_object_mod_is_refused_by_field(mod, message):
 def test_a_config_without_the_object_mod_is_not_a_mod_checkpoint():
     with pytest.raises(ValueError, match="no object `mod`"):
         _ = MoDLlamaConfig().mod_settings
+
+
+def test_thresholds_of_layers_hold_for_the_same_routing_only():
+    mod = MoDSettings("attn_token", (3, 4), threshold=(0.4, 0.6)).to_dict()
+    config = {"model_type": "mod_llama", "num_hidden_layers": 6, "hidden_size": 32, "mod": mod}
+    assert make_settings(config, mod_n=2, granularity="attn_token").threshold == (0.4, 0.6)
+    assert make_settings(config, mod_n=3).threshold == 0.5
+    assert make_settings(config, granularity="mlp_token").threshold == 0.5
 
 
 def test_settings_come_back_from_json():

@@ -133,7 +133,10 @@ def make_settings(
             "base_model": base_model,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        if isinstance(settings.threshold, tuple) and {"layers", "granularity"} & set(given):
+        if isinstance(settings.threshold, tuple) and any(
+            given.get(name, value) != value
+            for name, value in (("layers", settings.layers), ("granularity", settings.granularity))
+        ):
             given.setdefault("threshold", 0.5)  # those of single routers hold for no others
         settings = replace(settings, **given)
         if settings.granularity == EXPERT_GRANULARITY:
