@@ -173,4 +173,4 @@ def test_the_default_recipe_gives_the_same_routers_and_thresholds(workplace, fin
     assert_same_result(tmp_path / "one", tmp_path / "other", bound=2e-5)  # the rows' sums differ by rounding
     one, other = (json.loads((tmp_path / name / "config.json").read_text())["mod"] for name in ("one", "other"))
     assert other["threshold"] == pytest.approx(one["threshold"], abs=1e-4)
-    assert len(set(one["threshold"])) == 3
+    assert len(set(one["threshold"])) > 1

@@ -1,6 +1,7 @@
 """Labels from character offsets, against slow and independent ways to find them."""
 
 import json
+import logging
 import os
 
 import numpy as np
@@ -224,6 +225,7 @@ class TestCache:
 
     @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "record", "old record"])
     def test_a_damaged_entry_is_made_again_with_a_warning(self, tmp_path, caplog, damage):
+        caplog.set_level(logging.WARNING)
         expected = self.tokenize(tmp_path)[0].to_list()
         (arrow,), (record,) = tmp_path.glob("*.arrow"), tmp_path.glob("*.json")
         content = arrow.read_bytes()

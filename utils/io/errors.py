@@ -6,6 +6,7 @@ a bug and keeps its traceback.
 """
 
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -29,7 +30,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         # every process of a launch makes the same mistake: the first one of each machine says so
         code = _fail(str(error)) if os.environ.get("LOCAL_RANK", "0") == "0" else 1
     except ModuleNotFoundError as error:
-        if not error.name or error.name.split(".")[0] == "utils":
+        package = (error.name or "utils").split(".")[0]
+        if package == "utils" or importlib.util.find_spec(package):  # it is there, and the program asks wrongly
             raise
         hint = "`source .venv/bin/activate` first (`bash scripts/setup_env.sh` makes that environment)"
         code = _fail(f"{error.name} is not installed for {sys.executable}: {hint}")
@@ -46,5 +48,9 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def _fail(message: str) -> int:
-    print("error: " + " ".join(message.split("\n")), file=sys.stderr)
+    line = "error: " + " ".join(message.split("\n"))
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)  # on a line of its own beside a progress bar
+    else:
+        print(line, file=sys.stderr)
     return 1

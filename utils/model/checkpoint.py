@@ -257,7 +257,7 @@ def whole_parameters(parameters: Iterable[torch.nn.Parameter]) -> AbstractContex
     parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parts:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(parts, modifier_rank=0)
 

@@ -269,15 +269,18 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model=None):
-        if self.optimizer is not None or self.args.router_learning_rate is None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        routers = {id(router.weight) for router in self.model.router_modules().values()}
-        for group in list(optimizer.param_groups):
-            apart = [parameter for parameter in group["params"] if id(parameter) in routers]
-            if apart:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
-                optimizer.add_param_group({**group, "params": apart, "lr": self.args.router_learning_rate})
+        if self.args.router_learning_rate is not None:
+            routers = {id(router.weight) for router in self.model.router_modules().values()}
+            for group in list(optimizer.param_groups):
+                apart = [parameter for parameter in group["params"] if id(parameter) in routers]
+                if apart:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
+                    optimizer.add_param_group({**group, "params": apart, "lr": self.args.router_learning_rate})
+        # DeepSpeed drops groups without parameters, and a scheduler's state has a rate for each group
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _real_rows(self, rows: int, remainder: int, device: torch.device) -> torch.Tensor:
