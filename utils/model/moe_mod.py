@@ -58,7 +58,7 @@ def decide_assignments(layer: nn.Module, normed: torch.Tensor, experts: torch.Te
     scores = torch.sigmoid(layer.router(normed)).gather(-1, experts)
     threshold = layer.mod_settings.threshold_of(layer.layer_idx)
     if isinstance(threshold, tuple):
-        threshold = torch.tensor(threshold, device=scores.device)[experts]
+        threshold = torch.tensor(threshold).to(scores.device, non_blocking=True)[experts]
     return Decision(scores, straight_through(scores, threshold), experts)
 
 
