@@ -296,6 +296,7 @@ def _steps_of(
         environment["MAX_TRAIN_SAMPLES"] = str(max_train_samples)
     build = ["python", "entrypoints/checkpoint/build_mod_checkpoint.py", "--folder_name", model["folder"]]
     build += ["--base_model", model["base"]] if "base" in model else []
+    build += [str(a) for a in model.get("build_arguments", ())]
     arguments = [str(a) for source in (scale, config, run) for a in source.get("train_arguments", ())]
     evaluate = ["bash", "scripts/evaluate.sh", str(checkpoint), "--output", str(output / "evaluation.json")]
     evaluate += [str(a) for a in config.get("evaluate_arguments", scale["evaluate_arguments"])]
@@ -366,6 +367,9 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
             numbers |= {task: 100 * result["value"] for task, result in evaluation["rows"].get(name, {}).items()}
             means = [mean for mean in evaluation["averages"].get(name, []) if mean]
             numbers |= {mean["name"].replace(" ", "_").lower(): 100 * mean["value"] for mean in means}
+        counted = [task.get("capacity") for task in evaluation["rows"].get("routed", {}).values()]
+        if any(counted) and "capacity" not in ours:  # of a baseline that reports no held-out rows
+            ours["capacity"] = sum(capacity["capacity"] for capacity in counted) / len(counted)
     benchmark = _read(folder / "benchmark.json")
     if benchmark:
         columns = benchmark["cells"][-1]["columns"]
