@@ -102,13 +102,13 @@ def main() -> None:
         logging.info("left out, in this order: %s; capacity %.4f", chosen, 1 - count / len(routers))
         thresholds = [0.75 if layer in chosen else 0.5 for layer in routers]  # routers at zero score one half
     set_thresholds(model, thresholds)
-    weights = {router_name(layer): router.weight for layer, router in routers.items()}
-    write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights)
     dense, _ = loss_and_capacity(model, held_out_batches, route=False)
     loss, shares = loss_and_capacity(model, held_out_batches)
     capacity = sum(shares.values()) / len(shares)
     routed = {"eval_loss": loss, "eval_capacity": capacity}
     routed |= {f"eval_capacity/layer_{layer}": share for layer, share in shares.items()}
+    weights = {router_name(layer): router.weight for layer, router in routers.items()}
+    write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights)
     held_out_results = {"dense": {"dense_loss": dense}, "routed": routed, "rows": len(held_out)}
     write_json(output_dir / "results.json", {"kind": args.kind, "held_out": held_out_results})
     logging.info("held-out loss %.4f (dense %.4f), capacity %.4f, on %d rows", loss, dense, capacity, len(held_out))

@@ -6,7 +6,7 @@ python entrypoints/evaluation/plot.py training path/to/output/trainer_state.json
 
 layers     share of inputs that each layer skips (Figure 4): results.json of training runs, or an evaluation's JSON
 training   loss and capacity over the steps: trainer_state.json of training runs
-experts    assigned and executed tokens by expert (Figure 8): {"assigned": [...], "executed": [...]}
+experts    assigned and executed tokens by expert (Figure 8): JSON of expert_load.py or of an evaluation
 series     quality against what was varied (Figures 5, 6, 7): {"x_label", "y_label", "dense", "series": [...]}
 pareto     quality against measured speed: {"x_label", "y_label", "points": [{"name", "x", "y"}, ...]}
 """
