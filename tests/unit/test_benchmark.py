@@ -14,10 +14,11 @@ from model_zoo import (
 
 from utils.evaluation.benchmark import CheckFailedError, check_columns, measure_cell, skippable_share, table
 from utils.evaluation.columns import COLUMNS, make_columns
+from utils.evaluation.costs import layer_cost
 from utils.evaluation.prompts import cut_prompts, read_text
 from utils.evaluation.timing import median_with_interval, peak_memory
 from utils.io.errors import UserError
-from utils.model.configuration_mod import GRANULARITIES
+from utils.model.configuration_mod import GRANULARITIES, MoDSettings
 from utils.model.routing_mod import MoDRouter
 
 TEXT = random_tokens(1, 400)[0]
@@ -149,6 +150,14 @@ def test_what_a_skipped_token_saves_leaves_out_its_keys_and_values():
     assert skippable_share(config, settings["attn_token"], 10, decode=True) == saved / (saved + keys_and_values)
     saved += 3 * 32 * 48 - attention / 2
     assert skippable_share(config, settings["block_token"], 10, decode=False) == saved / (saved + keys_and_values)
+
+
+def test_what_a_skipped_token_saves_counts_the_experts_of_a_block():
+    settings = MoDSettings("block_token", (3,))
+    config = make_base("olmoe").config
+    cost = layer_cost(config.to_dict(), 500, 3)
+    share = skippable_share(config, settings, 500, decode=False)
+    assert share == pytest.approx((cost.total - cost.keys_and_values) / cost.total, rel=1e-3)
 
 
 def test_the_interval_holds_the_median_and_narrows_to_it():

@@ -19,6 +19,7 @@ from utils.model.configuration_mod import MoDSettings
 from utils.model.routing_mod import decide
 
 from .columns import Column
+from .costs import layer_cost
 from .kv_memory import kv_bytes_by_layer
 from .prompts import cut_prompts
 from .timing import Stopwatch, median_with_interval, peak_memory, with_interval
@@ -221,9 +222,10 @@ def _saving_reached(own_to_dense: np.ndarray, reference_to_dense: np.ndarray, pa
 
 
 def skippable_share(config, settings: MoDSettings, length: int, decode: bool) -> float:
-    """Return which share of a routed branch's multiplications a skipped input saves.
+    """Return which share of the routed branches' multiplications a skipped input saves, over all routed layers.
 
-    All of it, but for token decisions over attention, where keys and values are computed for every token.
+    All of it, but for token decisions over attention, where keys and values are computed for every token. What a
+    sliding window hides counts as seen.
 
     Args:
         config: the model's.
@@ -233,13 +235,13 @@ def skippable_share(config, settings: MoDSettings, length: int, decode: bool) ->
     """
     if settings.level == "sequence" or settings.target in ("mlp", "expert"):
         return 1.0
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    queries = config.num_attention_heads * head_dim
-    keys_and_values = 2 * config.hidden_size * config.num_key_value_heads * head_dim
-    visible = length if decode else length / 2
-    saved = 2 * config.hidden_size * queries + 2 * queries * visible
-    if settings.target == "block":
-        saved += 3 * config.hidden_size * config.intermediate_size
+    visible, saved, keys_and_values = length if decode else length / 2, 0.0, 0.0
+    for layer in settings.layers:
+        one, two = (layer_cost(config.to_dict(), tokens, layer) for tokens in (1, 2))
+        pair = two.queries - 2 * one.queries  # a query and one more key
+        saved += one.queries + (visible - 1) * pair
+        saved += one.mlp + one.experts if settings.target == "block" else 0.0
+        keys_and_values += one.keys_and_values
     return saved / (saved + keys_and_values)
 
 
