@@ -51,6 +51,8 @@ def main() -> int | None:
     tokenizer = load_tokenizer(model_dir)
     train_set, eval_set = prepare_data(data_args, training_args, tokenizer)
     train_set, calibration_set = set_aside(train_set, training_args.calibration_rows)
+    if training_args.capacity_control == "regression":
+        train_set = at_most(train_set, training_args.regression_rows)
     model = prepare_model(model_args, training_args, model_dir, settings)
     trainer = make_trainer(model, training_args, tokenizer, train_set, eval_set, run)
     claim_output_directory(training_args, run)
@@ -136,6 +138,14 @@ def set_aside(train_set, calibration_rows):
         return train_set, []
     last = len(train_set) - count
     return train_set.select(range(last)), train_set.select(range(last, len(train_set)))
+
+
+def at_most(train_set, count):
+    """Return the first `count` of the rows, which were shuffled, and say so where others are left out."""
+    if len(train_set) <= count:
+        return train_set
+    logging.info("the regression learns from %d of %d rows (--regression_rows)", count, len(train_set))
+    return train_set.select(range(count))
 
 
 def prepare_model(model_args, training_args, model_dir, settings):

@@ -429,6 +429,19 @@ class TestControls:
             executed, inputs = executed + gates.sum(), inputs + gates.numel()
         assert float(executed / inputs) == pytest.approx(0.6, abs=0.02)
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"max_steps": -1, "num_train_epochs": 2}, "num_train_epochs 2 must be 1 .*--capacity_control budget"),
+            ({"max_steps": 5}, "max_steps 5 must be at most 4 .*32 rows once; .*--capacity_control budget"),
+            ({"max_steps": 4, "dataloader_drop_last": True, "rows": make_rows(24)}, "max_steps 4 must be at most 3 "),
+        ],
+    )
+    def test_a_regression_measures_no_row_twice(self, base_dir, tmp_path, arguments, message):
+        arguments = {"rows": make_rows(32), "capacity_control": "regression"} | arguments
+        with pytest.raises(UserError, match=message):
+            make_trainer(base_dir, tmp_path, **arguments)
+
 
 def test_distillation_is_the_divergence_from_the_dense_model(base_dir, tmp_path):
     """By hand, with the dense model run as a whole and the softmax written out."""

@@ -155,6 +155,13 @@ class RouterTrainingArguments(TrainingArguments):
             "thresholds so that they execute the target capacity. 0: thresholds stay. Default: the recipe's."
         },
     )
+    regression_rows: int = field(
+        default=1000,
+        metadata={
+            "help": "Rows that a regression learns from, at most; the others are left out. Time grows with their cube, "
+            "memory with rows x routed layers x hidden size x 4 bytes."
+        },
+    )
     sequence_pooling: str = field(
         default="all",
         metadata={
@@ -324,6 +331,11 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError(f"{granularity} takes capacity_control hinge and calibration_rows 0")
         if control == "regression" and not (granularity.endswith("_sequence") and frozen):
             raise UserError("capacity_control regression is for routers of sequences on a frozen backbone; use budget")
+        if control == "regression" and self.max_steps <= 0 and self.num_train_epochs != 1.0:
+            raise UserError(
+                f"num_train_epochs {self.num_train_epochs:g} must be 1 with capacity_control regression, which "
+                "measures each row once; or take --capacity_control budget"
+            )
         self.choose_learning_rate(hidden_size)
 
     def _check(self) -> None:
@@ -332,6 +344,8 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise UserError(f"distillation_weight {self.distillation_weight} must lie between 0 and 1")
+        if self.regression_rows < 2:
+            raise UserError(f"regression_rows {self.regression_rows} must be at least 2")
         if self.calibration_rows < 0:
             raise UserError(f"calibration_rows {self.calibration_rows} must not be negative")
         _choice("capacity_scope", self.capacity_scope, ("layer", "global"))

@@ -72,12 +72,25 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._eval_execution = "dense" if self._zero3 else None
         self.args.suit_model(self.model.config.hidden_size, self.model.config.mod_settings.granularity)
         if self.args.capacity_control != "hinge":
+            if self.args.capacity_control == "regression":
+                self._check_one_epoch()
             make = {"budget": BudgetControl, "regression": RegressionControl}[self.args.capacity_control]
             self.capacity_control = make(self.model.router_modules(), self.args.target_capacity)
             self.add_callback(_ControlSteps(self))
         self._teacher = (
             DenseTeacher(self.model, share_prefix=not self._zero3) if self.args.distillation_weight else None
         )
+
+    def _check_one_epoch(self) -> None:
+        """Raise `UserError` where `max_steps` would have a regression measure a row again, and take it for another."""
+        rows, together = len(self.train_dataset), self.args.per_device_train_batch_size * self.args.world_size
+        batches = rows // together if self.args.dataloader_drop_last else -(-rows // together)
+        steps = -(-batches // self.args.gradient_accumulation_steps)
+        if self.args.max_steps > steps:
+            raise UserError(
+                f"max_steps {self.args.max_steps} must be at most {steps} with capacity_control regression, which "
+                f"measures each of the {rows} rows once; or take --capacity_control budget"
+            )
 
     @contextmanager
     def dense(self) -> Iterator[None]:

@@ -12,7 +12,8 @@ form, gives `D ~ W x + c`. An input is executed where the predicted cost is at l
 `W x + c >= price`, so the layer's cut is `price - c`; the calibration finds the price at which the target share of
 inputs is executed.
 
-Nothing is drawn and no learning rate matters; the routers stay at zero until the end of training.
+Every row is measured once: the error on left-out rows would be too small where the same row is there twice. Nothing is
+drawn and no learning rate matters; the routers stay at zero until the end of training.
 """
 
 from collections.abc import Callable, Mapping
