@@ -113,6 +113,16 @@ def test_a_step_is_done_once_and_never_passes_for_another(tmp_path):
         python_step(tmp_path, code + " # changed").is_done()
 
 
+def test_a_step_is_given_the_machines_variables_and_no_exported_setting_of_a_training(tmp_path):
+    made = tmp_path / "made"
+    show = f"import json, os; open({str(made)!r}, 'w').write(json.dumps(dict(os.environ)))"
+    step = Step("a", "train", (sys.executable, "-c", show), made, 1.0, {"SEED": "3"})
+    run_step(step, tmp_path, {"TARGET_CAPACITY": "0.3", "SEED": "4", "NUM_PROCESSES": "2"})
+    seen = json.loads(made.read_text())
+    assert (seen["SEED"], seen["NUM_PROCESSES"]) == ("3", "2")
+    assert "TARGET_CAPACITY" not in seen
+
+
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "pass"])
 def test_a_step_that_fails_or_makes_nothing_is_an_error(code, tmp_path):
     step = python_step(tmp_path, code)

@@ -37,6 +37,16 @@ METRICS: dict[str, str] = {
 """Number that a run can show -> head of its column; tasks of the evaluation can be shown too, by their names."""
 
 
+WHAT_IS_TRAINED = frozenset(
+    (
+        *("FOLDER_NAME", "BASE_MODEL", "DATA_TYPE", "TRAIN_FILE", "MAX_TRAIN_SAMPLES", "MAX_SEQ_LENGTH", "MOD_N"),
+        *("GRANULARITY", "ROUTER_ONLY", "RECIPE", "TARGET_CAPACITY", "GRADIENT_SCALE", "LEARNING_RATE", "WARMUP"),
+        *("WEIGHT_DECAY", "NUM_EPOCHS", "SEED", "GLOBAL_BATCH_SIZE", "OUTPUT_DIR", "DRY_RUN"),
+    )
+)
+"""Fields of `scripts/finetune_mod.sh` that a step's own description sets or leaves at their defaults."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One command of a reproduction.
@@ -164,12 +174,16 @@ def run_folder(folder: Path, run: str) -> Path:
 def run_step(step: Step, root: Path, environment: dict[str, str]) -> None:
     """Execute a step and write down that it is done.
 
+    Args:
+        environment: for all steps; what it says about the training (`WHAT_IS_TRAINED`) does not reach them.
+
     Raises:
         UserError: it failed; its own message stands above.
     """
     step.makes.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    result = subprocess.run(step.command, cwd=root, env={**environment, **step.environment}, check=False)
+    passed_on = {name: value for name, value in environment.items() if name not in WHAT_IS_TRAINED}
+    result = subprocess.run(step.command, cwd=root, env={**passed_on, **step.environment}, check=False)
     if result.returncode == 130:
         raise KeyboardInterrupt
     if result.returncode or not step.makes.exists():
