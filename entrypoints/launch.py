@@ -5,6 +5,7 @@ The launcher's tracebacks, which follow a worker's error, say nothing about it. 
 and end in their own time; without this they would be killed after 30 seconds.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -65,15 +66,20 @@ def check_config(args) -> None:
         engine = str(config["distributed_type"])
     except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
         raise UserError(f"config_file {path}: not an accelerate config; there are some in configs/accelerate") from None
-    processes = int(args.num_processes or config.get("num_processes") or 1)
-    machines = int(args.num_machines or config.get("num_machines") or 1)
+    number = {}
+    for name, default in (("num_processes", 1), ("num_machines", 1), ("machine_rank", 0)):
+        value = getattr(args, name) or config.get(name) or default
+        if not str(value).isdecimal():
+            raise UserError(f"config_file {path}: {name} {value!r} is not a whole number")
+        number[name] = int(value)
+    processes, machines, rank = number.values()
     if engine in ENGINES_OF_SEVERAL and processes < 2:
         raise UserError(f"config_file {path}: {engine} is for two processes or more, and num_processes is {processes}")
     if engine == "NO" and processes > 1:
         raise UserError(f"config_file {path}: it is for one process, and num_processes is {processes}; try ddp.yaml")
     if processes % machines:
         raise UserError(f"num_processes {processes} (of all machines) does not divide over {machines} machines")
-    port, rank = args.main_process_port, int(args.machine_rank or config.get("machine_rank") or 0)
+    port = args.main_process_port
     if port and rank == 0 and processes > 1 and is_port_in_use(port):
         free = "another" if machines > 1 else "another, or 0 for any free one"
         raise UserError(f"main_process_port {port} is in use; choose {free} (PORT of scripts/finetune_mod.sh)")
@@ -82,11 +88,15 @@ def check_config(args) -> None:
 
 
 def tell_workers(signal_number, frame) -> None:
-    """Pass a signal on to the processes that were started from here."""
+    """Pass a signal on to the processes that were started from here; end at once where there are none."""
     import psutil
 
-    for worker in psutil.Process().children():
-        worker.send_signal(signal_number)
+    workers = psutil.Process().children()
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal_number)
+    if not workers:
+        sys.exit(128 + signal_number)
 
 
 def exit_code(code: int) -> int:
