@@ -33,7 +33,7 @@ RECIPE="${RECIPE:-default}"          # or paper: the published loss
 GRADIENT_SCALE="${GRADIENT_SCALE:-}" # of the hinge; empty: the recipe's
 LEARNING_RATE="${LEARNING_RATE:-}"   # empty: the recipe's, by the model's width
 WARMUP="${WARMUP:-}"                 # share of the steps in which it rises; empty: the recipe's
-WEIGHT_DECAY="${WEIGHT_DECAY:-0.0}"
+WEIGHT_DECAY="${WEIGHT_DECAY:-}"     # empty: 0
 NUM_EPOCHS="${NUM_EPOCHS:-1}"
 SEED="${SEED:-233}"
 
@@ -55,6 +55,17 @@ OUTPUT_DIR="${OUTPUT_DIR:-$root/outputs/$FOLDER_NAME/$DATA_TYPE-$(date +%Y%m%d-%
 
 # shellcheck source=scripts/setup_env.sh
 source "$root/scripts/setup_env.sh"
+
+# A misspelt field would be ignored. The fields are what is read here with a default; MY_FIELD and FIELD_OF_MINE are fine.
+misspelt="$(compgen -e | python -c '
+import difflib, re, sys
+fields = set(re.findall(r"\$\{([A-Z_]{8,}):-", open(sys.argv[1]).read()))
+for name in sorted(set(sys.stdin.read().split()) - fields):
+    for near in difflib.get_close_matches(name, fields, n=1, cutoff=0.85):
+        if f"_{near}" not in name and f"{near}_" not in name:
+            sys.exit(print(f"{name} is set, which is no field: did you mean {near}?"))
+' "${BASH_SOURCE[0]}")"
+[[ -z "$misspelt" ]] || die "$misspelt"
 
 # Hardware: an accelerate config, a number of processes, and batches that fit
 count_gpus() {
@@ -142,7 +153,6 @@ arguments+=(
   --router_only "$ROUTER_ONLY"
   --target_capacity "$TARGET_CAPACITY"
   --recipe "$RECIPE"
-  --weight_decay "$WEIGHT_DECAY"
   --num_train_epochs "$NUM_EPOCHS"
   --global_batch_size "$GLOBAL_BATCH_SIZE"
   --per_device_train_batch_size "$MICRO_BATCH_SIZE"
@@ -152,6 +162,7 @@ arguments+=(
 if [[ -n "$MOD_N" ]]; then arguments+=(--mod_n "$MOD_N"); fi
 if [[ -n "$GRANULARITY" ]]; then arguments+=(--granularity "$GRANULARITY"); fi
 if [[ -n "$GRADIENT_SCALE" ]]; then arguments+=(--gradient_scale "$GRADIENT_SCALE"); fi
+if [[ -n "$WEIGHT_DECAY" ]]; then arguments+=(--weight_decay "$WEIGHT_DECAY"); fi
 if [[ -n "$WARMUP" ]]; then arguments+=(--warmup_steps "$WARMUP"); fi
 if [[ -n "$LEARNING_RATE" ]]; then arguments+=(--learning_rate "$LEARNING_RATE"); fi
 

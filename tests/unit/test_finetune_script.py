@@ -93,6 +93,24 @@ def test_what_cannot_be_launched_is_one_line(dry_run, gpus, environment, message
     assert message in line
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("TARGET_CAPCITY", "TARGET_CAPACITY"), ("GRANULARIY", "GRANULARITY"), ("MAX_SEQ_LEN", "MAX_SEQ_LENGTH")],
+)
+def test_a_misspelt_field_is_refused_with_what_was_meant(dry_run, name, meant):
+    result = dry_run(**{name: "3"})
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"error: {name} is set, which is no field: did you mean {meant}?"
+
+
+def test_fields_arrive_where_they_are_set_and_other_variables_are_left_alone(dry_run):
+    fields = {"GRADIENT_SCALE": "0.7", "WARMUP": "0.2", "WEIGHT_DECAY": "0.1", "LEARNING_RATE": "0.01"}
+    passed = {"--gradient_scale": "0.7", "--warmup_steps": "0.2", "--weight_decay": "0.1", "--learning_rate": "0.01"}
+    others = {"SM_OUTPUT_DIR": "x", "CI_RUNNER_NAME": "x", "TRAIN_FILE_OLD": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    assert passed.items() <= options(dry_run(**fields, **others)).items()
+    assert not passed.keys() & options(dry_run()).keys()
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda path: path.stem)
 def test_every_config_says_when_to_use_it_and_how(path):
     text = path.read_text(encoding="utf-8")
