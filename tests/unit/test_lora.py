@@ -73,6 +73,14 @@ def make_trainer(base_dir, output_dir, lora_layers="all", lora_dropout=0.0, **ar
     return RouterTrainer(model=model, args=args, train_dataset=ROWS, data_collator=collate)
 
 
+def test_an_adapter_that_diverged_is_not_written(base_dir, tmp_path):
+    trainer = make_trainer(base_dir, tmp_path / "run")
+    next(p for name, p in trainer.model.named_parameters() if ".lora_A" in name).data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="the adapter is not finite"):
+        save(trainer, base_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def save(trainer, base_dir, output_dir) -> None:
     """Write what a run ends in."""
     write_checkpoint(

@@ -314,6 +314,8 @@ def write_checkpoint(
     _config_object(source_config, settings)
     if any(not torch.isfinite(tensor).all() for tensor in routers.values()):
         raise UserError(f"{output_dir}: not written, as the routers are not finite; was the learning rate too high?")
+    if adapter is not None and any(not torch.isfinite(tensor).all() for tensor in adapter.weights.values()):
+        raise UserError(f"{output_dir}: not written, as the adapter is not finite; was the learning rate too high?")
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in (INDEX_FILE, *ADAPTER_FILES):
         (output_dir / name).unlink(missing_ok=True)
