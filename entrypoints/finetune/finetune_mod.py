@@ -44,6 +44,12 @@ def main() -> int | None:
         config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
     )
     training_args.suit_model(config["hidden_size"], settings.granularity)
+    if model_args.router_dir and training_args.capacity_control == "regression":
+        raise UserError(
+            "router_dir: capacity_control regression makes new routers; leave it out or take --capacity_control budget"
+        )
+    for name in training_args.without_effect():
+        logging.warning("%s has no effect with capacity_control %s", name, training_args.capacity_control)
     run = agree_on_run(model_args, data_args, training_args, model_dir)
     checkpoint = on_main_process(training_args, lambda: checkpoint_to_resume(training_args, run))
     set_seed(training_args.seed)

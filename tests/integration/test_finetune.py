@@ -159,6 +159,7 @@ class TestMistakes:
             (["--router_dir", "ckpt"], "no routers.safetensors"),
             (["--learning_rate", "-1"], "learning_rate -1.0"),
             (["--gradient_scale", "nan"], "gradient_scale nan"),
+            (["--capacity_control", "regression", "--router_dir", "."], "router_dir: capacity_control regression"),
             (["--weight_decay", "-1"], "weight_decay -1.0"),
             (["--num_train_epochs", "0"], "num_train_epochs 0.0"),
             (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size 0"),

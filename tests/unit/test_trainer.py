@@ -443,6 +443,33 @@ class TestControls:
             make_trainer(base_dir, tmp_path, **arguments)
 
 
+def test_what_has_no_effect_is_named(tmp_path):
+    def idle(granularity, **arguments):
+        args = RouterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **arguments)
+        args.suit_model(32, granularity)
+        return args.without_effect()
+
+    rates = {"learning_rate": 0.1, "warmup_steps": 0.2, "weight_decay": 0.1}
+    hinge = {"gradient_scale": 0.3, "capacity_scope": "layer"}
+    for granularity in ("attn_sequence", "attn_token"):
+        assert idle(granularity) == []
+        assert idle(granularity, recipe="paper", **hinge, **rates) == []
+    assert idle("attn_sequence", **hinge, **rates) == [*hinge, *rates]
+    assert idle("attn_token", **hinge, **rates, regression_rows=500) == [*hinge, "regression_rows"]
+    assert idle("attn_sequence", regression_rows=500) == []
+
+
+@pytest.mark.parametrize(("granularity", "control"), [("attn_sequence", "regression"), ("mlp_token", "budget")])
+def test_a_scaled_loss_is_refused_where_it_is_measured(tmp_path, monkeypatch, granularity, control):
+    for arguments in ({"fp16": True}, {}):
+        args = RouterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **arguments)
+        with pytest.raises(UserError, match=f"^fp16: .* capacity_control {control} "):
+            args.suit_model(32, granularity)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # of an accelerate config
+    args.capacity_control = "hinge"
+    args.suit_model(32, granularity)
+
+
 def test_distillation_is_the_divergence_from_the_dense_model(base_dir, tmp_path):
     """By hand, with the dense model run as a whole and the softmax written out."""
     arguments = {"distillation_weight": 0.25, "gradient_scale": 0.0, "max_steps": 1}

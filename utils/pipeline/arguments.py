@@ -300,7 +300,9 @@ class RouterTrainingArguments(TrainingArguments):
         _choice("recipe", self.recipe, tuple(RECIPES))
         if self.distillation_weight is None and (self.use_lora or not self.router_only):
             self.distillation_weight = 0.0  # the teacher would be the backbone that trains
-        self._given = {name for name in (*RECIPES[self.recipe], "warmup_steps") if getattr(self, name) is not None}
+        optional = {*RECIPES[self.recipe], "learning_rate", "warmup_steps"}
+        self._given = {name for name in optional if getattr(self, name) is not None}
+        self._given |= {name for name in ("weight_decay", "regression_rows") if getattr(self, name) != _default(name)}
         for name, value in RECIPES[self.recipe].items():
             of_routers = name == "learning_rate" and (self.use_lora or not self.router_only)
             field_name = "router_learning_rate" if of_routers else name
@@ -331,12 +333,23 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError(f"{granularity} takes capacity_control hinge and calibration_rows 0")
         if control == "regression" and not (granularity.endswith("_sequence") and frozen):
             raise UserError("capacity_control regression is for routers of sequences on a frozen backbone; use budget")
+        if control != "hinge" and self.mixed_precision == "fp16":
+            raise UserError(
+                f"fp16: its loss scale would enter what capacity_control {control} measures; take --bf16 true"
+            )
         if control == "regression" and self.max_steps <= 0 and self.num_train_epochs != 1.0:
             raise UserError(
                 f"num_train_epochs {self.num_train_epochs:g} must be 1 with capacity_control regression, which "
                 "measures each row once; or take --capacity_control budget"
             )
         self.choose_learning_rate(hidden_size)
+
+    def without_effect(self) -> list[str]:
+        """Return the names of arguments that were given and change nothing under the control; after `suit_model`."""
+        control = self.capacity_control
+        idle = () if control == "hinge" else ("gradient_scale", "capacity_scope")
+        idle += ("learning_rate", "warmup_steps", "weight_decay") if control == "regression" else ("regression_rows",)
+        return [name for name in idle if name in self._given]
 
     def _check(self) -> None:
         """Raise `UserError` for what `TrainingArguments` would accept, or refuse with a traceback much later."""
@@ -403,6 +416,10 @@ class RouterTrainingArguments(TrainingArguments):
             given = option.name.startswith("lora_") and getattr(self, option.name) != option.default
             if given and not self.use_lora:
                 raise UserError(f"{option.name} needs --use_lora true")
+
+
+def _default(name: str) -> Any:
+    return next(option.default for option in fields(RouterTrainingArguments) if option.name == name)
 
 
 def accumulation_steps(global_batch_size: int, per_device_batch_size: int, processes: int) -> int:
