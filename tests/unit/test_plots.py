@@ -22,7 +22,7 @@ VALUES = {
         **{"x_label": "layers", "y_label": "%", "dense": 70.0},
         "series": [{"name": "a", "x": [0, 4], "y": [70, 69], "stderr": [1, 1]}, {"name": "b", "x": [0], "y": [70]}],
     },
-    "pareto": {"x_label": "speed", "y_label": "%", "points": [dict(zip("name x y".split(), p)) for p in POINTS]},  # noqa: B905, SIM905
+    "pareto": {"x_label": "speed", "y_label": "%", "points": [{"name": name, "x": x, "y": y} for name, x, y in POINTS]},
     "training": {"run": [*HISTORY, {"train_loss": 1.0}]},
 }
 

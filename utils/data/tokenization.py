@@ -316,8 +316,8 @@ def _encode_all(dataset: Dataset, encoder: ConversationEncoder, num_proc: int) -
                 rows, future = under_way.popleft()
                 yield rows, future.result()
         except BrokenProcessPool as error:
-            # a batch on its way to workers that are gone can block its sender, and the pool's end, for ever (seen with
-            # Python 3.11.2; github.com/python/cpython/issues/94777)
+            # the pool ends only when its sender does, which may still write to workers that are gone (Python 3.11.2;
+            # github.com/python/cpython/issues/94777): without a reader it gives up
             pool._call_queue._reader.close()
             raise UserError(
                 f"one of the {workers} tokenization processes was killed, most likely for want of memory; "
