@@ -35,7 +35,7 @@ def main() -> None:
 
     from utils.data.collation import SupervisedCollator
     from utils.data.messages import load_messages
-    from utils.data.splitting import split_held_out
+    from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
     from utils.io.files import write_json
     from utils.model.base_models import resolve_base_model
@@ -48,8 +48,9 @@ def main() -> None:
         set_thresholds,
         write_checkpoint,
     )
-    from utils.pipeline.calibration import calibrate, fold
-    from utils.pipeline.importance import greedy, loss_and_capacity, most_similar
+    from utils.pipeline.calibration import calibrate, settle
+    from utils.pipeline.held_out import held_out_results
+    from utils.pipeline.importance import greedy, most_similar
 
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -68,9 +69,7 @@ def main() -> None:
     if settings.target == "expert":
         raise UserError("baselines are for attention, MLP and block, not for expert_token")
     tokenizer = load_tokenizer(model_dir)
-    rows = load_messages(args.train_file)
-    rows, held_out = split_held_out(rows, num_rows=min(64, max(1, len(rows) // 8)), seed=0)  # as training does
-    rows = rows.shuffle(seed=args.seed).select(range(min(args.rows, len(rows))))
+    rows, held_out, _ = split_for_training(load_messages(args.train_file), args.seed, args.rows, max_eval_samples=64)
     collate = SupervisedCollator.for_tokenizer(tokenizer)
 
     def make_batches(part):
@@ -89,29 +88,22 @@ def main() -> None:
             router.weight.zero_()
             if args.kind == "random":
                 router.weight.normal_(generator=generator)
+    units = None
     if args.kind == "random":
-        cuts, share = calibrate(model, batches, spread(model, batches), args.capacity, progress=True)
-        thresholds, factors = fold(cuts)
-        with torch.no_grad():
-            for layer, router in routers.items():
-                router.weight.mul_(factors[layer])
+        start = spread(model, batches)
+        cuts, share = calibrate(model, batches, start, args.capacity, progress=True)
+        units = settle(model, cuts, {layer: scale for layer, (_, scale) in start.items()})
         logging.info("random routers execute %.3f of the inputs", share)
     else:
         count = round((1 - args.capacity) * len(routers))
         chosen = most_similar(model, batches, count) if args.kind == "cosine" else greedy(model, batches, count, True)
         logging.info("left out, in this order: %s; capacity %.4f", chosen, 1 - count / len(routers))
-        thresholds = [0.75 if layer in chosen else 0.5 for layer in routers]  # routers at zero score one half
-    set_thresholds(model, thresholds)
-    dense, _ = loss_and_capacity(model, held_out_batches, route=False)
-    loss, shares = loss_and_capacity(model, held_out_batches)
-    capacity = sum(shares.values()) / len(shares)
-    routed = {"eval_loss": loss, "eval_capacity": capacity}
-    routed |= {f"eval_capacity/layer_{layer}": share for layer, share in shares.items()}
+        # routers at zero score one half
+        set_thresholds(model, [0.75 if layer in chosen else 0.5 for layer in routers])
+    results = {"kind": args.kind, "held_out": held_out_results(model, held_out_batches)}
     weights = {router_name(layer): router.weight for layer, router in routers.items()}
-    write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights)
-    held_out_results = {"dense": {"dense_loss": dense}, "routed": routed, "rows": len(held_out)}
-    write_json(output_dir / "results.json", {"kind": args.kind, "held_out": held_out_results})
-    logging.info("held-out loss %.4f (dense %.4f), capacity %.4f, on %d rows", loss, dense, capacity, len(held_out))
+    write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights, units=units)
+    write_json(output_dir / "results.json", results)
     print(output_dir)
 
 

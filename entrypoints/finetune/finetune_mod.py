@@ -18,6 +18,7 @@ def main() -> int | None:
     die_with_launcher()
     from transformers import set_seed
 
+    from utils.data.splitting import set_aside
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import load_tokenizer, make_settings, read_config
     from utils.model.lora import holds_adapter
@@ -107,18 +108,17 @@ def prepare_data(data_args, training_args, tokenizer):
 def tokenize_rows(data_args, training_args, tokenizer):
     """Return the tokenized training and held-out rows of the files."""
     from utils.data.messages import load_messages
-    from utils.data.splitting import split_held_out
+    from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
 
-    rows = load_messages(data_args.train_file)
+    rows, held_out, _ = split_for_training(
+        load_messages(data_args.train_file),
+        training_args.seed,
+        data_args.max_train_samples,
+        None if data_args.eval_file else data_args.max_eval_samples,
+    )
     if data_args.eval_file:
         held_out = load_messages(data_args.eval_file, max_rows=data_args.max_eval_samples)
-    else:
-        share = max(1, len(rows) // 8)
-        rows, held_out = split_held_out(rows, num_rows=min(data_args.max_eval_samples, share), seed=0)
-    rows = rows.shuffle(seed=training_args.seed)
-    if data_args.max_train_samples:
-        rows = rows.select(range(min(data_args.max_train_samples, len(rows))))
     tokenized = []
     for name, part in (("training", rows), ("held-out", held_out)):
         try:
@@ -135,15 +135,6 @@ def tokenize_rows(data_args, training_args, tokenizer):
         logging.info("%s rows: %s", name, report.summary())
         tokenized.append(dataset)
     return tokenized
-
-
-def set_aside(train_set, calibration_rows):
-    """Return the rows to train on, and up to so many rows, one in eight at most, to calibrate the thresholds on."""
-    count = min(calibration_rows, len(train_set) // 8)
-    if count == 0:
-        return train_set, []
-    last = len(train_set) - count
-    return train_set.select(range(last)), train_set.select(range(last, len(train_set)))
 
 
 def at_most(train_set, count):
@@ -260,6 +251,7 @@ def save(trainer, model_args, model_dir, results) -> None:
         copy_base=model_args.save_base == "copy",
         trained_base=trained_base,
         adapter=adapter,
+        units=trainer.units,
     )
     logging.info("base weights: %s", how)
     print(run_table(results))

@@ -4,7 +4,8 @@ import logging
 
 from datasets import Dataset
 
-from entrypoints.finetune.finetune_mod import at_most, set_aside
+from entrypoints.finetune.finetune_mod import at_most
+from utils.data.splitting import set_aside
 
 
 def test_a_regression_learns_from_so_many_rows_and_the_log_says_so(caplog):

@@ -52,6 +52,45 @@ def split_held_out(
     return dataset.select([row for row in range(len(dataset)) if row not in side]), dataset.select(sorted(held_out))
 
 
+def split_for_training(
+    rows: Dataset, seed: int, max_train_samples: int | None = None, max_eval_samples: int | None = None
+) -> tuple[Dataset, Dataset | None, Dataset]:
+    """Split a file's rows as a training run does.
+
+    Args:
+        rows: with a `messages` column.
+        seed: of the run; shuffles what is not held out.
+        max_train_samples: rows to train on, at most; None for all.
+        max_eval_samples: rows to hold out, at most, and at most one in eight; None where others are held out.
+
+    Returns:
+        The rows to train on, the held-out rows (None where none are taken from here), and the rows left over.
+    """
+    held_out = None
+    if max_eval_samples is not None:
+        rows, held_out = split_held_out(rows, num_rows=min(max_eval_samples, max(1, len(rows) // 8)), seed=0)
+    rows = rows.shuffle(seed=seed)
+    count = min(max_train_samples or len(rows), len(rows))
+    left_over = range(count, len(rows)) if count < len(rows) else []
+    return rows.select(range(count)), held_out, rows.select(left_over)
+
+
+def set_aside(train_set: Dataset, calibration_rows: int) -> tuple[Dataset, Dataset | list]:
+    """Return the rows to train on, and up to so many rows, one in eight at most, to calibrate the thresholds on."""
+    count = min(calibration_rows, len(train_set) // 8)
+    if count == 0:
+        return train_set, []
+    last = len(train_set) - count
+    return train_set.select(range(last)), train_set.select(range(last, len(train_set)))
+
+
+def without(rows: Dataset, *others: Dataset) -> Dataset:
+    """Return the rows whose messages are none of the others'."""
+    seen = {_messages_key(messages, 0) for other in others for messages in other["messages"]}
+    keys = [_messages_key(messages, 0) for messages in rows["messages"]]
+    return rows.select([row for row, key in enumerate(keys) if key not in seen])
+
+
 def _messages_key(messages: list[dict[str, str]], seed: int) -> bytes:
     turns = [[message["role"], message["content"]] for message in messages]
     return hashlib.sha256(json.dumps([seed, turns]).encode()).digest()

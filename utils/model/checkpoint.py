@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -203,11 +203,22 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
     return found
 
 
-def save_routers(path: str | Path, routers: dict[str, torch.Tensor], settings: MoDSettings) -> None:
-    """Write routers alone, float32, atomically; the file says what they are for."""
+def save_routers(
+    path: str | Path,
+    routers: dict[str, torch.Tensor],
+    settings: MoDSettings,
+    units: Mapping[int, float] | None = None,
+) -> None:
+    """Write routers alone, float32, atomically; the file says what they are for, and in which units they compare.
+
+    Args:
+        units: layer index -> how far a common shift of all layers moves this one's logits; None where not known.
+    """
     fields = settings.to_dict()
     metadata = {"format": "pt", "granularity": settings.granularity}
     metadata |= {name: json.dumps(fields[name]) for name in ("layers", "threshold")}
+    if units is not None:
+        metadata["units"] = json.dumps([units[layer] for layer in settings.layers])
     tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in routers.items()}
     with atomic_file(path, "wb") as file:
         file.write(to_safetensors(tensors, metadata))
@@ -241,6 +252,18 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
             weight.copy_(routers[name])
     if "threshold" in metadata:
         set_thresholds(model, json.loads(metadata["threshold"]))
+
+
+def read_units(directory: str | Path) -> dict[int, float] | None:
+    """Return the units that a checkpoint's routers compare in, as `save_routers` takes them; None if it has none."""
+    path = Path(directory) / ROUTERS_FILE
+    if not path.is_file():
+        return None
+    with _open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    if "units" not in metadata:
+        return None
+    return dict(zip(json.loads(metadata["layers"]), json.loads(metadata["units"]), strict=True))
 
 
 def set_thresholds(model: torch.nn.Module, threshold: float | list) -> None:
@@ -296,6 +319,7 @@ def write_checkpoint(
     copy_base: bool = False,
     trained_base: dict[str, torch.Tensor] | None = None,
     adapter: Adapter | None = None,
+    units: Mapping[int, float] | None = None,
 ) -> str:
     """Write a MoD checkpoint into `output_dir`, which may hold other files; the index comes last.
 
@@ -304,6 +328,7 @@ def write_checkpoint(
         routers: contract name -> float32 [1, hidden_size], or for experts [num_experts, hidden_size].
         trained_base: all other weights, where they were trained too; written instead of linked.
         adapter: LoRA weights that were trained beside the routers; transformers applies them when it loads.
+        units: in which the routers compare, as `save_routers` takes them.
 
     Returns:
         How the base's weights got there: `hard link`, `symbolic link`, `copy` or `trained weights`.
@@ -333,7 +358,7 @@ def write_checkpoint(
                 name: t if name in trained_base else t.clone() for name, t in weights.items() if name in base_files
             }
             mapping, how = _save_base(staged, _in_dtype_of(source_dir, base_files, weights)), "trained weights"
-        save_routers(staged / ROUTERS_FILE, routers, settings)
+        save_routers(staged / ROUTERS_FILE, routers, settings, units)
         if adapter is not None:
             adapter.save(staged)
         for path in _companions(source_dir):
@@ -369,7 +394,8 @@ def merge_adapter(trained_dir: str | Path, output_dir: str | Path) -> str:
     model = load_mod_model(trained_dir, dtype=torch.float32)
     routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
     settings = MoDSettings.from_dict(config["mod"])
-    return write_checkpoint(output_dir, trained_dir, settings, routers, trained_base=merged_weights(model))
+    trained_base, units = merged_weights(model), read_units(trained_dir)
+    return write_checkpoint(output_dir, trained_dir, settings, routers, trained_base=trained_base, units=units)
 
 
 def mod_config(source_config: dict[str, Any], settings: MoDSettings) -> dict[str, Any]:

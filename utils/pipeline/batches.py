@@ -12,6 +12,23 @@ import torch
 IGNORE_INDEX = -100
 
 
+def deciding_tokens(
+    attention_mask: torch.Tensor | None, labels: torch.Tensor, sequence_pooling: str
+) -> torch.Tensor | None:
+    """Return which tokens have a say in a sequence's decision, bool [batch, tokens], or None for all.
+
+    Args:
+        attention_mask: [batch, tokens], or None where there is no padding.
+        labels: int64 [batch, tokens].
+        sequence_pooling: `all` real tokens, or those of the `prompt`, before the first supervised one.
+    """
+    deciding = None if attention_mask is None else attention_mask.bool()
+    if sequence_pooling == "prompt":
+        prompt = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
+        deciding = prompt if deciding is None else deciding & prompt
+    return deciding
+
+
 @dataclass(frozen=True)
 class SupervisedBatches:
     """Wraps a collator and adds where its batches are supervised.

@@ -5,6 +5,7 @@ is added to every cut: an input is kept where `u >= d`. What a layer skips chang
 is measured by running the model with the shift, and the shift found by a few such runs.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,9 +13,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from utils.io.errors import UserError
+from utils.model.checkpoint import set_thresholds
 from utils.model.routing_mod import Decision
 
 from .capacity_control import FORWARD_INPUTS
+
+logger = logging.getLogger(__name__)
 
 LARGEST_CUT = 4.0
 """Logits of routers are scaled so that no cut is farther from 0: far out a float32 sigmoid tells no two apart."""
@@ -117,3 +122,52 @@ def fold(cuts: Mapping[int, float]) -> tuple[list[float], dict[int, float]]:
     """
     factors = {layer: min(1.0, LARGEST_CUT / max(abs(cut), 1e-9)) for layer, cut in cuts.items()}
     return [1 / (1 + math.exp(-cut * factors[layer])) for layer, cut in cuts.items()], factors
+
+
+@torch.no_grad()
+def settle(model: nn.Module, cuts: Mapping[int, float], scales: Mapping[int, float]) -> dict[int, float]:
+    """Let a model decide by these cuts: set its thresholds, and with them its routers where a cut lies far out.
+
+    Args:
+        model: a routed model whose weights are whole.
+        cuts: layer index -> the logit from which an input is kept, ascending by layer.
+        scales: layer index -> one unit of `u` in logits.
+
+    Returns:
+        Layer index -> one unit of `u` in the logits of the routers as they are now.
+    """
+    thresholds, factors = fold(cuts)
+    for layer, router in model.router_modules().items():
+        router.weight.mul_(factors[layer])
+    set_thresholds(model, thresholds)
+    return {layer: scales[layer] * factor for layer, factor in factors.items()}
+
+
+def settled_cuts(
+    model: nn.Module, units: Mapping[int, float] | None, control: str | None = None
+) -> dict[int, tuple[float, float]]:
+    """Return the cuts that a model decides by and their units, as `calibrate` takes them.
+
+    Args:
+        model: a routed model.
+        units: layer index -> one unit of `u` in logits, as its checkpoint has them; None where it has none.
+        control: the capacity control that it was trained with, where that is known.
+
+    Raises:
+        UserError: the routers are at zero, or in which units they compare cannot be known.
+    """
+    settings = model.config.mod_settings
+    if not any(router.weight.any() for router in model.router_modules().values()):
+        raise UserError("its routers are at zero: whatever the thresholds, they keep or skip everything")
+    cuts = {layer: math.log(tau / (1 - tau)) for layer in settings.layers for tau in [settings.threshold_of(layer)]}
+    if units is None:
+        scaled = any(abs(cut) > LARGEST_CUT - 1e-6 for cut in cuts.values())
+        if scaled or control not in ("regression", "hinge"):
+            why = "routers were scaled" if scaled else f"it was trained with capacity_control {control or 'unknown'}"
+            raise UserError(
+                f"it has no `units` that tell how its layers' logits compare, and {why}, so they need not be 1: train "
+                "it again"
+            )
+        logger.info("no `units` in its router file: taking 1 for all layers, as capacity_control %s has", control)
+        units = dict.fromkeys(settings.layers, 1.0)
+    return {layer: (cut, units[layer]) for layer, cut in cuts.items()}

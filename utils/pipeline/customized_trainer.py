@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from utils.io.errors import UserError
 from utils.model.checkpoint import router_name, set_thresholds
 
-from .batches import IGNORE_INDEX, SupervisedBatches
+from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
 from .calibration import calibrate, fold
 from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
@@ -63,6 +63,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self.termination = Termination()
         self.add_callback(self.termination)
         layers = self.model.config.mod_settings.layers
+        self.units = dict.fromkeys(layers, 1.0)  # of the routers' logits, for later shifts of all thresholds
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
         self._window_inputs = self._window_tokens = torch.ones(())  # of all processes
@@ -195,13 +196,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         return distilled_nll(states, teacher, head, targets, weight)
 
     def _deciding_tokens(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Return the keyword that says which tokens decide: all real ones, or the prompt's where that is asked for."""
+        """Return the keyword that says which tokens decide."""
         mask = inputs.get("attention_mask")
-        deciding = None if mask is None else mask.bool()
-        if self.args.sequence_pooling == "prompt":
-            prompt = (inputs["labels"] != IGNORE_INDEX).cumsum(dim=1) == 0
-            deciding = prompt if deciding is None else deciding & prompt
-        return {"token_mask": deciding}
+        return {"token_mask": deciding_tokens(mask, inputs["labels"], self.args.sequence_pooling)}
 
     def _router_batches(self, rows: Any, size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield rows in batches on the device, as the model's forward takes them to decide; on every process all."""
@@ -254,6 +251,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         for layer, factor in factors.items():
             if factor != 1.0:
                 self.set_router(routers[layer], weights[router_name(layer)] * factor)
+        self.units = {layer: factor * cuts[layer][1] for layer, factor in factors.items()}
         set_thresholds(self.model, thresholds)
         self.capacity_control = None
 

@@ -5,7 +5,7 @@ stream least. Greedily by loss: one layer after the other, each time the one wit
 lowest.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -13,10 +13,7 @@ from tqdm.auto import tqdm
 
 from utils.model.routing_mod import Decision
 
-from .losses import executed_inputs
-
-Batch = Mapping[str, torch.Tensor]
-"""`input_ids`, `attention_mask` and `labels`, int64 [batch, tokens]."""
+from .held_out import Batch
 
 
 @torch.no_grad()
@@ -75,29 +72,6 @@ def loss_without(model: nn.Module, batches: Iterable[Batch], dropped: Collection
         total += count * float(model(**batch, use_cache=False, gate_rule=drop(dropped)).loss)
         tokens += count
     return total / tokens
-
-
-@torch.no_grad()
-def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = True) -> tuple[float, dict[int, float]]:
-    """Return the mean loss over supervised tokens and layer -> share of inputs executed, as the model decides itself.
-
-    Args:
-        model: a routed model, in evaluation mode.
-        batches: text.
-        route: False runs the dense base, of which there are no shares.
-    """
-    total = tokens = inputs = 0.0
-    ran = torch.zeros(len(model.config.mod_settings.layers))
-    for batch in batches:
-        count = float((batch["labels"][:, 1:] != -100).sum())
-        output = model(**batch, use_cache=False, route=route)
-        total, tokens = total + count * float(output.loss), tokens + count
-        if route:
-            executed, sizes = executed_inputs(output.router_gates, batch["attention_mask"])
-            ran, inputs = ran + executed.sum(dim=1).cpu(), inputs + float(sizes.sum())
-    if not route:
-        return total / tokens, {}
-    return total / tokens, dict(zip(model.config.mod_settings.layers, (ran / inputs).tolist(), strict=True))
 
 
 def drop(dropped: Collection[int]) -> Callable[[int, torch.Tensor], Decision]:

@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Give trained routers another capacity: new thresholds, no training.
+
+    python entrypoints/checkpoint/recalibrate.py path/to/output --capacity 0.9 --output_dir outputs/at-0.9
+
+All layers' thresholds are shifted together until rows that were not trained on execute the capacity. These rows and the
+held-out ones follow from the run's own record (`run.json`), so that held-out numbers compare with the run's; what is
+given here comes before it.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from utils.io.errors import UserError, run_command
+
+FROM_RECORD = {
+    "train_file": None,
+    "eval_file": None,
+    "seed": 42,
+    "max_train_samples": None,
+    "max_eval_samples": 64,
+    "max_seq_length": 2048,
+    "chat_format": "auto",
+    "sequence_pooling": "all",
+    "dtype": "auto",
+}
+"""What is taken from the run's record unless it is given -> what it is where there is no record."""
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", type=Path, help="output directory of a run, or of this command")
+    parser.add_argument("--capacity", type=float, required=True, help="share of inputs to execute")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where it goes; must be new or empty")
+    parser.add_argument("--rows", type=int, default=64, help="rows to calibrate on, at most (default: 64)")
+    parser.add_argument(
+        "--calibration_file",
+        help="data.jsonl to calibrate on. Default: rows of train_file that the run set aside, then those it left over",
+    )
+    parser.add_argument("--train_file", help="data.jsonl that the run was trained on (default: the run's)")
+    parser.add_argument("--eval_file", help="held-out rows (default: the run's, or taken out of train_file)")
+    parser.add_argument("--seed", type=int, help="of the run (default: the run's)")
+    parser.add_argument("--max_train_samples", type=int, help="of the run (default: the run's)")
+    parser.add_argument("--max_eval_samples", type=int, help="held-out rows, at most (default: the run's)")
+    parser.add_argument("--max_seq_length", type=int, help="rows are cut to this many tokens (default: the run's)")
+    parser.add_argument("--chat_format", choices=("auto", "template", "tags"), help="(default: the run's)")
+    parser.add_argument("--sequence_pooling", choices=("all", "prompt"), help="(default: the run's)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the backbone; auto is bfloat16 on a GPU and float32 on a CPU (default: the run's)",
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    from dataclasses import replace
+
+    import torch
+
+    from utils.io.files import write_json
+    from utils.model.checkpoint import (
+        load_mod_model,
+        load_tokenizer,
+        make_settings,
+        read_config,
+        read_units,
+        router_name,
+        write_checkpoint,
+    )
+    from utils.model.lora import holds_adapter
+    from utils.pipeline.calibration import calibrate, settle, settled_cuts
+    from utils.pipeline.held_out import held_out_results
+    from utils.pipeline.run_directory import installed_versions
+
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check(args)
+    settings = replace(make_settings(read_config(args.checkpoint)), target_capacity=args.capacity)
+    if settings.target == "expert":
+        raise UserError(f"{args.checkpoint}: thresholds of {settings.granularity} are not calibrated; train it again")
+    if holds_adapter(args.checkpoint):
+        raise UserError(
+            f"{args.checkpoint} holds a LoRA adapter: merge it first, with build_mod_checkpoint.py --merge_lora"
+        )
+    record = complete(args)
+    calibration, held_out = prepare_rows(args, record, load_tokenizer(args.checkpoint))
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    model = load_mod_model(args.checkpoint, settings, dtype=getattr(torch, dtype)).to(device).eval()
+    calibration, held_out = ([to_device(batch, device) for batch in part] for part in (calibration, held_out))
+    try:
+        cuts = settled_cuts(model, read_units(args.checkpoint), record.get("capacity_control"))
+    except UserError as error:
+        raise UserError(f"{args.checkpoint}: {error}") from None
+    settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True)
+    rows = sum(len(batch["labels"]) for batch in calibration)
+    logging.info("calibrated on %d rows: they execute %.3f of their inputs", rows, share)
+    units = settle(model, settled, {layer: scale for layer, (_, scale) in cuts.items()})
+
+    results = {"held_out": held_out_results(model, held_out)}
+    results["recalibration"] = {
+        "checkpoint": str(args.checkpoint),
+        "capacity": args.capacity,
+        "calibration": {"rows": rows, "capacity": share, "file": args.calibration_file or args.train_file},
+        "record": record,
+        "versions": installed_versions(),
+    }
+    routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "results.json", results)
+    write_checkpoint(args.output_dir, args.checkpoint, model.config.mod_settings, routers, units=units)
+    print(args.output_dir)
+
+
+def check(args) -> None:
+    """Raise `UserError` for what is out of range."""
+    if not 0.0 <= args.capacity <= 1.0:
+        raise UserError(f"capacity {args.capacity} must lie between 0 and 1")
+    for name in ("rows", "max_train_samples", "max_eval_samples", "max_seq_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        raise UserError(f"output_dir {args.output_dir} is there already; choose another")
+
+
+def complete(args) -> dict:
+    """Fill in what was not given, and return the record of how the checkpoint was trained, with what was given."""
+    from utils.pipeline.run_directory import RUN_FILE
+
+    record, where = {}, args.checkpoint / RUN_FILE
+    try:
+        if where.is_file():
+            record = json.loads(where.read_text(encoding="utf-8"))["identity"]
+        elif (where := args.checkpoint / "results.json").is_file():
+            record = json.loads(where.read_text(encoding="utf-8")).get("recalibration", {}).get("record", {})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{where} is damaged") from None
+    if not record and not args.calibration_file and args.max_train_samples is None:
+        raise UserError(
+            f"{args.checkpoint} has no record of what it was trained on: say it with --seed and --max_train_samples, "
+            "or give a --calibration_file of other rows"
+        )
+    given = {name: getattr(args, name) for name in FROM_RECORD if getattr(args, name) is not None}
+    record = FROM_RECORD | {"calibration_rows": 0} | record | given
+    if record["train_file"] is None and not (args.calibration_file and record["eval_file"]):
+        raise UserError("train_file: give the file that the run was trained on")
+    for name in FROM_RECORD:
+        setattr(args, name, record[name])
+    return record
+
+
+def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
+    """Return batches to calibrate on and held-out batches."""
+    from datasets import concatenate_datasets
+
+    from utils.data.collation import SupervisedCollator
+    from utils.data.messages import load_messages
+    from utils.data.splitting import set_aside, split_for_training, without
+    from utils.data.tokenization import tokenize_dataset
+    from utils.pipeline.batches import deciding_tokens
+
+    collate = SupervisedCollator.for_tokenizer(tokenizer)
+
+    def tokenized(rows):
+        return tokenize_dataset(rows, tokenizer, args.max_seq_length, args.chat_format)[0]
+
+    def batches(rows):
+        made = []
+        for start in range(0, len(rows), 8):
+            batch = collate([rows[row] for row in range(start, min(start + 8, len(rows)))])
+            mask = deciding_tokens(batch["attention_mask"], batch["labels"], args.sequence_pooling)
+            made.append(batch | {"token_mask": mask})
+        return made
+
+    train = held_out = left_over = None
+    if args.train_file is not None:
+        warn_of_another_file(args, record)
+        train, held_out, left_over = split_for_training(
+            load_messages(args.train_file),
+            args.seed,
+            args.max_train_samples,
+            None if args.eval_file else args.max_eval_samples,
+        )
+    if args.eval_file:
+        held_out = load_messages(args.eval_file, max_rows=args.max_eval_samples)
+    elsewhere = [part for part in (train, held_out) if part is not None]
+    parts = []
+    if args.calibration_file:
+        left_over = load_messages(args.calibration_file).shuffle(seed=args.seed)
+    elif record["calibration_rows"]:
+        _, aside = set_aside(tokenized(train), record["calibration_rows"])
+        parts += [aside.select(range(min(args.rows, len(aside))))] if len(aside) else []
+    wanted = args.rows - sum(map(len, parts))
+    if wanted and len(left_over):
+        left_over = without(left_over, *elsewhere)
+        left_over = left_over.select(range(min(wanted, len(left_over))))
+        parts += [tokenized(left_over)] if len(left_over) else []
+    if not parts:
+        where = args.calibration_file or args.train_file
+        raise UserError(f"{where}: every row was trained on or is held out; give a --calibration_file of other rows")
+    return batches(concatenate_datasets(parts)), batches(tokenized(held_out))
+
+
+def warn_of_another_file(args, record) -> None:
+    """Warn where the training file is not what the run was trained on."""
+    import hashlib
+
+    trained_on = record.get("train_file_sha256")
+    if trained_on is None or not Path(args.train_file).is_file():
+        return
+    with open(args.train_file, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != trained_on:
+            logging.warning(
+                "%s is not the file that the run was trained on: rows trained on cannot be told, and held-out numbers "
+                "do not compare with the run's",
+                args.train_file,
+            )
+
+
+def to_device(batch, device):
+    """Return a batch on a device."""
+    return {name: values.to(device) for name, values in batch.items()}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,129 @@
+"""One training serves any capacity: `recalibrate.py` shifts the thresholds of what was trained."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from commands import run
+from safetensors.torch import load_file, save_file
+
+from entrypoints.checkpoint.recalibrate import main
+from utils.evaluation.inspection import inspect_checkpoint
+from utils.io.errors import UserError
+from utils.model.checkpoint import read_units
+
+ROUTERS = "routers.safetensors"
+
+
+@pytest.fixture(scope="module")
+def by_budget(workplace, finetune):
+    """A run held by the budget, calibrated on two rows."""
+    directory = workplace / "by-budget"
+    finetune(directory, "--granularity", "attn_token", "--target_capacity", 0.7, hinge=False)
+    return directory
+
+
+@pytest.fixture
+def recalibrate(tmp_path, monkeypatch):
+    """Run the command in this process."""
+
+    def start(checkpoint, *arguments):
+        given = (checkpoint, "--output_dir", tmp_path / "out", *arguments)
+        monkeypatch.setattr(sys, "argv", ["recalibrate.py", *map(str, given)])
+        main()
+
+    return start
+
+
+def results_of(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+def threshold_of(directory):
+    return json.loads((directory / "config.json").read_text())["mod"]["threshold"]
+
+
+def test_another_capacity_is_met_on_rows_that_were_not_trained_on(by_budget, recalibrate, repository, tmp_path):
+    command = (sys.executable, repository / "entrypoints/checkpoint/recalibrate.py", by_budget, "--capacity", 0.4)
+    result = run(*command, "--rows", 24, "--output_dir", tmp_path / "out", cwd=repository)
+    assert result.stdout.strip().splitlines()[-1] == str(tmp_path / "out")
+    before, after = results_of(by_budget), results_of(tmp_path / "out")
+    assert after["recalibration"]["calibration"]["capacity"] == pytest.approx(0.4, abs=0.01)
+    assert after["recalibration"]["calibration"]["rows"] == 24
+    assert after["held_out"]["routed"]["eval_capacity"] < before["held_out"]["routed"]["eval_capacity"] - 0.1
+    assert after["held_out"]["rows"] == before["held_out"]["rows"]
+    dense = before["held_out"]["dense"]["dense_loss"]
+    assert after["held_out"]["dense"]["dense_loss"] == pytest.approx(dense, rel=1e-5), "the same held-out rows"
+    mod = json.loads((tmp_path / "out/config.json").read_text())["mod"]
+    assert mod["target_capacity"] == 0.4
+    facts = inspect_checkpoint(tmp_path / "out", [96])
+    assert facts["trained"]["capacity"] == pytest.approx(after["held_out"]["routed"]["eval_capacity"])
+
+    again = tmp_path / "again"  # there and back, by the record that it carries along
+    recalibrate(tmp_path / "out", "--capacity", 0.7, "--rows", 2, "--output_dir", again)
+    assert threshold_of(again) == pytest.approx(threshold_of(by_budget), abs=0.02)
+
+
+def test_the_capacity_that_was_trained_for_changes_nothing(by_budget, recalibrate, tmp_path):
+    recalibrate(by_budget, "--capacity", 0.7)
+    wanted, got = results_of(by_budget)["held_out"]["routed"], results_of(tmp_path / "out")["held_out"]["routed"]
+    recalibrate(by_budget, "--capacity", 0.7, "--rows", 2, "--output_dir", tmp_path / "same")
+    same = results_of(tmp_path / "same")["held_out"]["routed"]
+    for name, value in same.items():
+        assert value == pytest.approx(wanted[name], abs=0.01 if "capacity" in name else 1e-3)
+    assert got["eval_capacity"] == pytest.approx(wanted["eval_capacity"], abs=0.1)
+    assert threshold_of(tmp_path / "same") == pytest.approx(threshold_of(by_budget), abs=0.01)
+    for name, weight in load_file(tmp_path / "same" / ROUTERS).items():
+        assert weight.equal(load_file(by_budget / ROUTERS)[name])
+    assert read_units(tmp_path / "same") == pytest.approx(read_units(by_budget))
+    assert len(set(read_units(by_budget).values())) == 3
+
+
+@pytest.mark.slow
+def test_routers_of_sequences_shift_too(workplace, finetune, recalibrate, tmp_path):
+    finetune(tmp_path / "run", "--target_capacity", 0.7, "--max_train_samples", 40, hinge=False)
+    recalibrate(tmp_path / "run", "--capacity", 0.5)
+    calibration = results_of(tmp_path / "out")["recalibration"]["calibration"]
+    assert calibration["capacity"] == pytest.approx(0.5, abs=1 / calibration["rows"])
+
+
+def strip_units(checkpoint, copy):
+    """Copy a checkpoint, its routers as a program writes them that knows nothing of units."""
+    shutil.copytree(checkpoint, copy)
+    save_file(load_file(checkpoint / ROUTERS), copy / ROUTERS)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--capacity", "1.5"), "capacity 1.5 must lie between 0 and 1"),
+        (("--capacity", "0.9", "--rows", "0"), "rows 0 must be at least 1"),
+        (("--capacity", "0.9", "--calibration_file", "missing.jsonl"), "missing.jsonl: no such file"),
+        (("--capacity", "0.9", "--max_train_samples", "100000"), ""),
+    ],
+)
+def test_a_mistake_ends_in_one_line(by_budget, recalibrate, tmp_path, arguments, message):
+    if not message:
+        record = json.loads((by_budget / "run.json").read_text())
+        checkpoint = shutil.copytree(by_budget, tmp_path / "uncalibrated")
+        record["identity"]["calibration_rows"] = 0
+        (checkpoint / "run.json").write_text(json.dumps(record))
+        by_budget, message = checkpoint, "every row was trained on or is held out"
+    with pytest.raises(UserError, match=message):
+        recalibrate(by_budget, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_that_cannot_be_shifted_are_refused(by_budget, workplace, recalibrate, tmp_path):
+    old = strip_units(by_budget, tmp_path / "old")
+    untrained, data = workplace / "ckpt/tiny-mod", workplace / "data/alpaca/data.jsonl"
+    of_untrained = ("--train_file", data, "--max_train_samples", 8, "--max_seq_length", 96)
+    for checkpoint, arguments, message in (
+        (old, (), "trained with capacity_control budget, so they need not be 1"),
+        (untrained, (), "no record of what it was trained on"),
+        (untrained, of_untrained, "its routers are at zero"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recalibrate(checkpoint, "--capacity", 0.9, *arguments)

@@ -1,0 +1,58 @@
+"""Loss and capacity on held-out rows of a model that decides by itself, as a training run reports them."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .losses import executed_inputs
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, torch.Tensor]
+"""`input_ids`, `attention_mask` and `labels`, int64 [batch, tokens]; if not all tokens decide, bool `token_mask`."""
+
+
+def held_out_results(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Measure a model beside its dense base, and log it.
+
+    Args:
+        model: a routed model, in evaluation mode.
+        batches: held-out text.
+
+    Returns:
+        `dense` (`dense_loss`), `routed` (`eval_loss`, `eval_capacity`, `eval_capacity/layer_i`) and `rows`: what a
+        training run's `results.json` has under `held_out`.
+    """
+    dense, _ = loss_and_capacity(model, batches, route=False)
+    loss, shares = loss_and_capacity(model, batches)
+    capacity, rows = sum(shares.values()) / len(shares), sum(len(batch["labels"]) for batch in batches)
+    logger.info("held-out loss %.4f (dense %.4f), capacity %.4f, on %d rows", loss, dense, capacity, rows)
+    routed = {"eval_loss": loss, "eval_capacity": capacity}
+    routed |= {f"eval_capacity/layer_{layer}": share for layer, share in shares.items()}
+    return {"dense": {"dense_loss": dense}, "routed": routed, "rows": rows}
+
+
+@torch.no_grad()
+def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = True) -> tuple[float, dict[int, float]]:
+    """Return the mean loss over supervised tokens and layer -> share of inputs executed, as the model decides itself.
+
+    Args:
+        model: a routed model, in evaluation mode.
+        batches: text.
+        route: False runs the dense base, of which there are no shares.
+    """
+    total = tokens = inputs = 0.0
+    ran = torch.zeros(len(model.config.mod_settings.layers))
+    for batch in batches:
+        count = float((batch["labels"][:, 1:] != -100).sum())
+        output = model(**batch, use_cache=False, route=route)
+        total, tokens = total + count * float(output.loss), tokens + count
+        if route:
+            executed, sizes = executed_inputs(output.router_gates, batch["attention_mask"])
+            ran, inputs = ran + executed.sum(dim=1).cpu(), inputs + float(sizes.sum())
+    if not route:
+        return total / tokens, {}
+    return total / tokens, dict(zip(model.config.mod_settings.layers, (ran / inputs).tolist(), strict=True))
