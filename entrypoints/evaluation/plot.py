@@ -8,7 +8,8 @@ layers     share of inputs that each layer skips (Figure 4): results.json of tra
 training   loss and capacity over the steps: trainer_state.json of training runs
 experts    assigned and executed tokens by expert (Figure 8): JSON of expert_load.py or of an evaluation
 series     quality against what was varied (Figures 5, 6, 7): {"x_label", "y_label", "dense", "series": [...]}
-pareto     quality against measured speed: {"x_label", "y_label", "points": [{"name", "x", "y"}, ...]}
+pareto     quality against measured speed: {"x_label", "y_label", "points": [{"name", "x", "y"}, ...]}, or JSON lines
+           with "name", "granularity" and numbers, of which --x and --y are drawn, a line for each name
 """
 
 import argparse
@@ -32,20 +33,24 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", help="names of the files in the legend (their folders')")
     parser.add_argument("--output", type=Path, required=True, help="path without an ending")
     parser.add_argument("--layer", type=int, help="whose experts are drawn (the first routed one)")
+    parser.add_argument("--x", default="capacity", help="of JSON lines (capacity)")
+    parser.add_argument("--y", default="loss_increase", help="of JSON lines (loss_increase)")
     parser.add_argument("--title", help="above the figure")
     arguments = parser.parse_args()
     names = arguments.names or [path.resolve().parent.name for path in arguments.files]
     if len(names) != len(arguments.files) or len(set(names)) != len(names):
         raise UserError(f"{len(arguments.files)} files need as many different --names, and {len(set(names))} are given")
 
-    from utils.evaluation.plots import read_figure, save_figure
+    from utils.evaluation.plots import pareto_of, read_figure, save_figure
 
     values = []
     for name, path in zip(names, arguments.files, strict=True):
         try:
-            values.append((name, json.loads(path.read_text(encoding="utf-8"))))
+            text = path.read_text(encoding="utf-8")
+            lines = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else None
+            values.append((name, json.loads(text) if lines is None else pareto_of(lines, arguments.x, arguments.y)))
         except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
+            raise error if isinstance(error, UserError) else UserError(f"{path}: not JSON: {error}") from None
     for path in save_figure(
         arguments.kind,
         read_figure(arguments.kind, values, arguments.layer),

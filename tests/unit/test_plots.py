@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from utils.evaluation.plots import KINDS, draw_experts, draw_layers, draw_pareto, read_figure, save_figure
+from utils.evaluation.plots import KINDS, draw_experts, draw_layers, draw_pareto, pareto_of, read_figure, save_figure
 from utils.io.errors import UserError
 
 HISTORY = [{"step": step, "task_loss": 2.0 - step / 10, "capacity": 1 - step / 20} for step in range(1, 6)]
@@ -57,6 +57,39 @@ def test_the_front_joins_what_nothing_beats():
     assert list(axes.lines[0].get_ydata(orig=True)) == [61.3]
 
 
+GRID = [
+    {"name": "routed", "granularity": "attn_token", "capacity": 0.9, "loss_increase": 0.0, "average": 52.0},
+    {"name": "routed", "granularity": "attn_token", "capacity": 0.5, "loss_increase": 0.3, "average_stderr": 2.0},
+    {"name": "cosine", "granularity": "attn_token", "capacity": 0.5, "loss_increase": 0.8, "average": None},
+]
+
+
+def test_measurements_are_a_line_for_each_method(tmp_path):
+    value = pareto_of(GRID, "capacity", "loss_increase")
+    assert (value["x_label"], value["y_label"]) == ("capacity", "loss above dense")
+    axes = Figure().subplots()
+    draw_pareto(axes, value)
+    assert axes.get_legend_handles_labels()[1] == ["routed", "cosine"]
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert lines == [([0.5, 0.9], [0.3, 0.0]), ([0.5], [0.8])]
+    more = pareto_of([*GRID, GRID[0] | {"granularity": "attn_sequence"}], "capacity", "average")
+    assert [one["name"] for one in more["series"]] == ["attn_token, routed", "attn_sequence, routed"]
+    with pytest.raises(UserError, match="no record has both speed and average"):
+        pareto_of(GRID, "speed", "average")
+    pixels = np.asarray(Image.open(save_figure("pareto", value, tmp_path / "f")[0]).convert("RGB")).astype(int)
+    assert np.ptp(pixels, axis=-1).max() == 0
+
+
+def test_panels_stand_side_by_side(tmp_path):
+    paths = save_figure(
+        "pareto", {"panels": [VALUES["pareto"], VALUES["pareto"] | {"y_label": "other"}]}, tmp_path / "f"
+    )
+    text = "".join(ElementTree.parse(paths[1]).getroot().itertext())
+    assert text.count("speed") == 2
+    assert "other" in text
+    assert paths[0].stat().st_size < 100_000
+
+
 def test_the_command_reads_what_other_commands_write_and_refuses_the_rest(tmp_path, repository, monkeypatch, capsys):
     def start(*arguments):
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
@@ -73,6 +106,10 @@ def test_the_command_reads_what_other_commands_write_and_refuses_the_rest(tmp_pa
         code, printed = start(kind, tmp_path / name, "--output", tmp_path / kind)
         assert code == 0, printed.err
         assert printed.out.splitlines() == [str(tmp_path / f"{kind}.png"), str(tmp_path / f"{kind}.svg")]
+    (tmp_path / "grid.jsonl").write_text("".join(json.dumps(record) + "\n" for record in GRID))
+    code, printed = start("pareto", tmp_path / "grid.jsonl", "--y", "average", "--output", tmp_path / "grid")
+    assert code == 0, printed.err
+    assert "average (%)" in "".join(ElementTree.parse(tmp_path / "grid.svg").getroot().itertext())
     for kind in ("training", "series"):
         code, printed = start(kind, tmp_path / "empty.json", "--output", tmp_path / "x")
         assert code == 1

@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from utils.io.errors import UserError
 from utils.io.files import atomic_file
 
-STYLES = (("black", "o", "-"), ("dimgrey", "s", "--"), ("grey", "^", ":"), ("darkgrey", "D", "-."))
+STYLES = (
+    *(("black", "o", "-"), ("dimgrey", "s", "--"), ("grey", "^", ":"), ("darkgrey", "D", "-.")),
+    *(("black", "v", (0, (1, 1))), ("dimgrey", "P", (0, (6, 2))), ("grey", "X", (0, (3, 1, 1, 1)))),
+)
 HATCHES = ("", "///", "...", "xxx")
 SETTINGS = {"svg.hashsalt": "router-tuning", "svg.fonttype": "none", "font.size": 10, "axes.axisbelow": True}
 
@@ -76,14 +79,31 @@ def draw_series(axes: Axes, value: dict[str, Any]) -> None:
 
 
 def draw_pareto(axes: Axes, value: dict[str, Any]) -> None:
-    """Draw quality against measured speed, each point named, those that no other beats joined.
+    """Draw quality against what it costs: speed, or the share executed.
 
     Args:
-        value: `x_label`, `y_label`, and `points`: each with `name`, `x`, `y` and optionally `stderr`; more is better
-            on both axes, unless `less_is_better` is set for y.
+        value: `x_label`, `y_label`, and either `points`, each with `name`, `x`, `y` and optionally `stderr`, where
+            each is named and those that no other beats are joined (more is better on both axes, unless
+            `less_is_better` is set for y); or `series`, each with `name` for the legend and such `points`, which are
+            joined in the order of x.
     """
-    sign = -1 if value.get("less_is_better") else 1
-    points = sorted(value["points"], key=lambda point: (-point["x"], -sign * point["y"]))
+    for number, series in enumerate(value.get("series", ())):
+        color, marker, dash = STYLES[number % len(STYLES)]
+        points = sorted(series["points"], key=lambda point: point["x"])
+        x, y = ([point[axis] for point in points] for axis in ("x", "y"))
+        errors = [point.get("stderr") or 0.0 for point in points]
+        axes.errorbar(
+            *(x, y, errors if any(errors) else None),
+            **{"label": series["name"], "color": color, "marker": marker, "linestyle": dash, "capsize": 2},
+        )
+    if "points" in value:
+        _draw_front(axes, value["points"], -1 if value.get("less_is_better") else 1)
+    axes.set(xlabel=value["x_label"], ylabel=value["y_label"])
+
+
+def _draw_front(axes: Axes, points: Sequence[dict[str, Any]], sign: int) -> None:
+    """Draw points with their names, and join those that no other beats."""
+    points = sorted(points, key=lambda point: (-point["x"], -sign * point["y"]))
     front: list[dict[str, Any]] = []
     for point in points:
         if not front or sign * point["y"] > sign * front[-1]["y"]:
@@ -105,7 +125,6 @@ def draw_pareto(axes: Axes, value: dict[str, Any]) -> None:
             ha="right" if right else "left",
         )
     axes.margins(0.15)
-    axes.set(xlabel=value["x_label"], ylabel=value["y_label"])
 
 
 def draw_training(axes: Axes, runs: dict[str, list[dict[str, float]]]) -> None:
@@ -127,6 +146,18 @@ def draw_training(axes: Axes, runs: dict[str, list[dict[str, float]]]) -> None:
     axes.set(xlabel="step", ylabel="task loss (nats a token)")
     below.set(ylabel="capacity (share executed)", ylim=(0, 1.05))
 
+
+LABELS: dict[str, str] = {
+    "dense": "dense average (%)",
+    "average": "average (%)",
+    "without_rte": "without RTE (%)",
+    "loss": "held-out loss",
+    "loss_increase": "loss above dense",
+    "capacity": "capacity",
+    "speed": "speed",
+    "kv_saved": "KV memory saved (%)",
+}
+"""Number of a run -> what it is called in tables and figures."""
 
 KINDS: dict[str, Callable[[Axes, Any], None]] = {
     "layers": draw_layers,
@@ -168,30 +199,60 @@ def read_figure(kind: str, values: Sequence[tuple[str, Any]], layer: int | None 
     return values[0][1]
 
 
+def pareto_of(records: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, Any]:
+    """Turn measurements into a `pareto` figure: a line for each method, and each granularity where there are several.
+
+    Args:
+        records: each with `name` (the method), `granularity` and numbers; those that lack `x` or `y` are left out.
+        x, y: which numbers, such as `capacity` and `loss_increase`; `{y}_stderr` is drawn where it is there.
+
+    Raises:
+        UserError: none has both.
+    """
+    series: dict[str, list[dict[str, Any]]] = {}
+    several = len({record.get("granularity") for record in records}) > 1
+    for record in records:
+        if record.get(x) is not None and record.get(y) is not None:
+            name = f"{record['granularity']}, {record['name']}" if several else record["name"]
+            point = {"x": record[x], "y": record[y], "stderr": record.get(f"{y}_stderr")}
+            series.setdefault(name, []).append(point)
+    if not series:
+        raise UserError(f"no record has both {x} and {y}")
+    labels = {"x_label": LABELS.get(x, x), "y_label": LABELS.get(y, y)}
+    return labels | {"series": [{"name": name, "points": points} for name, points in series.items()]}
+
+
 def save_figure(kind: str, value: Any, path: Path, title: str | None = None) -> list[Path]:
     """Draw a figure and write it as PATH.png and PATH.svg; the same value gives the same bytes.
+
+    Args:
+        kind: one of `KINDS`.
+        value: what it is drawn from, or `{"panels": [...]}` with several such values, drawn side by side.
+        path: without an ending.
+        title: above it.
 
     Raises:
         UserError: the value is not what that kind is drawn from.
     """
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
+        panels = value["panels"] if isinstance(value, dict) and "panels" in value else [value]
+        figure = Figure(figsize=(6.4 if len(panels) == 1 else 4.8 * len(panels), 4.0), layout="constrained")
         try:
-            KINDS[kind](axes, value)
+            for axes, one in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+                KINDS[kind](axes, one)
+                axes.grid(True, color="0.9")
+                if axes.get_legend_handles_labels()[0]:
+                    axes.legend(fontsize=8)
         except UserError:
             raise
         except (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"{path}: not what {kind} is drawn from: {error!r}") from None
-        axes.grid(True, color="0.9")
         if title:
-            axes.set_title(title)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+            figure.suptitle(title, fontsize=12)
         paths = [path.with_name(path.name + end) for end in (".png", ".svg")]
         for target, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
             with atomic_file(target, "wb") as file:
-                figure.savefig(file, format=target.suffix[1:], dpi=200, metadata=metadata)
+                figure.savefig(file, format=target.suffix[1:], dpi=150, metadata=metadata)
     return paths
 
 
