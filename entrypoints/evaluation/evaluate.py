@@ -3,9 +3,10 @@
 
     python entrypoints/evaluation/evaluate.py path/to/output --tasks piqa openbookqa --limit 200 --data_dir my/data
 
-Prints a table, in percent: a MoD checkpoint stands beside its dense base, with the share of inputs that each task
-executed. Writes JSON whose path is printed last. Every task's result is kept when it is done: an interrupted
-evaluation goes on when the same command is given again, and a dense base is evaluated once for all its checkpoints.
+Prints a table, in percent: a MoD checkpoint stands beside its dense base (with a LoRA adapter: beside itself unrouted),
+with the share of inputs that each task executed. Writes JSON whose path is printed last. Every task's result is kept
+when it is done: an interrupted evaluation goes on when the same command is given again, and a dense base is evaluated
+once for all its checkpoints.
 
 Data comes from the hub, or with --data_dir from local files: TASK.jsonl holds the rows of the task's data set as the
 hub has them, TASK_shots.jsonl the examples for few-shot prompts. Prompts, metrics and splits are the harness's own.
@@ -92,6 +93,7 @@ def main() -> None:
     from utils.evaluation.lm_eval_model import MoDLM, load_model
     from utils.io.files import write_json
     from utils.model.checkpoint import load_tokenizer
+    from utils.model.lora import holds_adapter
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -117,7 +119,9 @@ def main() -> None:
         "device": device.split(":")[0],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    models = {"dense": identity} if not (routed and arguments.no_dense) else {}
+    # without its routing, a checkpoint with an adapter is the adapted model and not the dense base
+    plain = "unrouted" if holds_adapter(checkpoint) else "dense"
+    models = {plain: identity} if not (routed and arguments.no_dense) else {}
     if routed:
         models["routed"] = identity | {"routing": identify_routing(checkpoint, arguments.pool)}
     rows = {}

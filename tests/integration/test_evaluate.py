@@ -257,6 +257,25 @@ def test_the_command_prints_the_columns_goes_on_and_keeps_the_dense_base(evaluat
     assert written(out)["lm_eval"]["piqa"].endswith(" --limit 3")
 
 
+def test_the_harness_own_command_line_knows_the_model(evaluate, checkpoint, repository, tmp_path):
+    code, out, error = evaluate(checkpoint, "--tasks", "rte", "--no_dense")
+    assert code == 0, error
+    result = written(out)
+    command = result["lm_eval"]["rte"].replace("--model hf --batch_size 1", "--model mod --batch_size 4")
+    assert "--model mod" in command
+    arguments = [*shlex.split(command)[1:], "--device", "cpu", "--output_path", tmp_path / "own"]
+    done = subprocess.run(
+        [sys.executable, repository / "entrypoints/evaluation/harness.py", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "own").rglob("results_*.json")
+    own = json.loads(path.read_text())["results"]["local_rte"]
+    assert own["acc,none"] == result["rows"]["routed"]["rte"]["value"]
+
+
 def test_local_tasks_are_the_built_in_ones_but_for_their_data(repository, data_dir, tmp_path):
     table = read_table(repository / "configs/evaluation/table1.yaml", ["rte", "mmlu", "gsm8k"])
     built_in = find_tasks(table.columns)
