@@ -26,6 +26,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--max_seq_length", type=int, default=256, help="rows are cut to this many tokens")
     parser.add_argument("--mod_n", type=int, help="number of routed layers; default: the checkpoint's")
     parser.add_argument("--granularity", help="default: the checkpoint's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--seed", type=int, default=233, help="of the rows and of random routers")
     return parser.parse_args(argv)
 
@@ -80,7 +81,7 @@ def main() -> None:
 
     batches, held_out_batches = make_batches(rows), make_batches(held_out)
 
-    model = load_mod_model(model_dir, settings, dtype=torch.float32).eval()
+    model = load_mod_model(model_dir, settings, dtype=getattr(torch, args.dtype)).eval()
     routers = model.router_modules()
     generator = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():

@@ -31,6 +31,8 @@ ARGUMENTS_ONLY = {  # command -> what is added so that it ends after its argumen
     "bash scripts/data/download.sh": "--help",
     "bash scripts/evaluate.sh path/to/output --tasks piqa openbookqa --limit 200": "--help",  # its data is on the hub
     # each has a test of its own
+    "python entrypoints/evaluation/harness.py run --model mod --model_args pretrained=path/to/output --tasks piqa "
+    "--batch_size 16": "--help",
     "python entrypoints/checkpoint/build_mod_checkpoint.py --folder_name merged-mod "
     "--merge_lora path/to/output": "--help",
     "python entrypoints/checkpoint/recalibrate.py path/to/output --capacity 0.9 --output_dir outputs/at-0.9": "--help",

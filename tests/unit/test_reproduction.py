@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.evaluation.reproduction import Step, collect, figure_of, make_plan, markdown, run_folder, run_plan, run_step
+from utils.evaluation.reproduction import Changes, Plan, Run, Step, make_plan, run_plan, run_step, unique_steps
+from utils.evaluation.results_table import collect, figure_of, markdown
 from utils.io.errors import UserError
 from utils.pipeline.arguments import RECIPES
 
@@ -24,7 +25,7 @@ def plan_of(name, scale, tmp_path, **options):
 def test_every_table_and_figure_has_a_config_and_a_script(repository):
     expected = {f"table{n}" for n in (2, 3, 5, 6, 7, 8)} | {f"figure{n}" for n in range(2, 9)}
     assert set(NAMES) == expected
-    assert {path.stem for path in (repository / "scripts/reproduce").glob("*.sh")} == expected
+    assert {path.stem for path in (repository / "scripts/reproduce").glob("*.sh")} == expected | {"all"}
 
 
 @pytest.mark.parametrize("scale", ["small", "paper"])
@@ -33,28 +34,70 @@ def test_every_run_is_planned_or_named_as_left_out(name, scale, tmp_path):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     plan = plan_of(name, scale, tmp_path)
     names = [run["name"] for run in config["runs"]]
-    assert [run["name"] for run in plan.runs] + plan.left_out == sorted(
+    assert [run.name for run in plan.runs] + list(plan.left_out) == sorted(
         names, key=lambda run: (run in plan.left_out, names.index(run))
     )
     assert len({step.makes for step in plan.steps}) == len(plan.steps)
     for run in plan.runs:
-        kinds = {step.kind for step in plan.steps if step.run == run["name"]}
-        assert kinds & {"train", "baseline"} or (not kinds and run["paper_only"])
-    for step in plan.steps:
-        if step.kind == "train":
-            assert step.environment["OUTPUT_DIR"].startswith(str(tmp_path / name / scale))
-            assert " " not in step.environment["OUTPUT_DIR"]
-            assert step.environment["FOLDER_NAME"].startswith("smollm2-") or scale == "paper"
+        kinds = [step.kind for step in run.steps]
+        assert kinds[:2] == ["data", "build"] or (not kinds and run.entry["paper_only"])
+        assert kinds[3:] == (config["measure"] if kinds else [])
+        for step in run.steps:
+            if step.kind == "train":
+                assert step.environment["OUTPUT_DIR"] == str(run.folder / "checkpoint")
+                assert step.environment["FOLDER_NAME"].startswith("smollm2-") or scale == "paper"
+            if step.kind in ("train", "baseline") and run.entry.get("baseline") != "expert_drop":
+                assert str(run.steps[0].makes) in step.text  # it trains on the rows that were made for it
+        assert " " not in str(run.folder.relative_to(tmp_path))
+
+
+def plan_all(scale, tmp_path, **options):
+    return {name: plan_of(name, scale, tmp_path, **options) for name in NAMES}
+
+
+def test_what_tables_have_in_common_is_done_once(tmp_path):
+    plans = plan_all("small", tmp_path)
+    folders = {(name, run.name): run.folder for name, plan in plans.items() for run in plan.runs}
+    shared = [
+        *(("table2", "attn_sequence"), ("table5", "smollm2-135m"), ("table6", "alpaca"), ("table8", "routers")),
+        *(("figure3", "routed 50%"), ("figure4", "attn_sequence"), ("figure5", "14 layers"), ("figure7", "300")),
+        ("figure6", "smollm2, 14 layers"),
+    ]
+    assert len({folders[key] for key in shared}) == 1
+    assert folders["table2", "mlp_token"] == folders["table3", "router_tuning"]
+    assert folders["table7", "smollm2_moe"] == folders["figure8", "smollm2_moe"]
+    assert folders["figure2", "routed"] == folders["figure3", "routed 25%"]
+    steps = unique_steps(list(plans.values()))
+    assert len({step.text for step in steps}) == len(steps)
+    # one folder is one training, in whatever words it is described
+    for scale in ("small", "paper"):
+        made = {}
+        for plan in plan_all(scale, tmp_path).values():
+            for step in plan.steps:
+                assert made.setdefault(step.makes, step.text) == step.text
+
+
+def test_another_training_or_number_format_is_another_folder(tmp_path):
+    changes = [Changes(), Changes(dtype="bfloat16"), Changes(dtype="float32"), Changes(max_train_samples=8)]
+    for name, run in (("table2", "mlp_token"), ("table7", "smollm2_moe_expert_drop")):
+        folders = [plan_of(name, "small", tmp_path, only=[run], changes=change).runs[0].folder for change in changes]
+        assert len(set(folders)) == (4 if name == "table2" else 3)  # no rows train the drop of experts
+    measured_on = [Changes(), Changes(limit=3)]
+    plans = [plan_of("table2", "small", tmp_path, only=["mlp_token"], changes=change) for change in measured_on]
+    assert plans[0].runs[0].folder == plans[1].runs[0].folder
 
 
 def test_rows_items_and_data_can_be_set_for_all_runs(tmp_path):
-    plan = plan_of("table2", "small", tmp_path, only=["mlp_token"], max_train_samples=8, limit=3, data_dir=Path("/d"))
-    train, evaluate = (step for step in plan.steps if step.kind in ("train", "evaluate"))
+    changes = Changes(max_train_samples=8, limit=3, data_dir=Path("/d"), dtype="bfloat16")
+    plan = plan_of("table2", "small", tmp_path, only=["mlp_token"], changes=changes)
+    train, evaluate, benchmark = (step for step in plan.steps if step.kind in ("train", "evaluate", "benchmark"))
     assert train.environment["MAX_TRAIN_SAMPLES"] == "8"
     assert train.environment["GRANULARITY"] == "mlp_token"
-    assert evaluate.text.endswith("--limit 3 --data_dir /d")
+    assert evaluate.text.endswith("--dtype bfloat16 --limit 3 --data_dir /d")
+    assert all(step.text.count("--dtype bfloat16") == 1 for step in (train, evaluate, benchmark))
     assert len(plan.left_out) == 5
-    assert collect(plan)["scale"].endswith("This one was made with 8 rows and 3 items of each task only.")
+    made_with = " In bfloat16. This one was made with 8 rows and 3 items of each task only."
+    assert made_with in collect(plan)["scale"]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +117,8 @@ def test_a_baseline_is_made_by_a_command_that_takes_its_arguments(name, scale, r
 
 def step_environment(plan, run):
     """What a training of this run would be set to."""
-    (chosen,) = (one for one in plan.runs if one["name"] == run)
-    return plan.config.get("environment", {}) | chosen.get("environment", {})
+    (chosen,) = (one for one in plan.runs if one.name == run)
+    return plan.config.get("environment", {}) | chosen.entry.get("environment", {})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,28 +138,44 @@ def test_unknown_names_suggest_the_nearest(name, runs, message, tmp_path):
 
 
 def python_step(tmp_path, code, makes="made.txt"):
-    return Step("run", "train", (sys.executable, "-c", code), tmp_path / "run" / makes, 1)
+    return Step("train", (sys.executable, "-c", code), tmp_path / "run" / makes, 1)
+
+
+def plan_of_steps(tmp_path, *steps):
+    """One run for each step."""
+    runs = tuple(Run(f"run{number}", {}, tmp_path, (step,)) for number, step in enumerate(steps))
+    return Plan("table2", {}, "", "", runs, (), tmp_path)
 
 
 def test_a_step_is_done_once_and_never_passes_for_another(tmp_path):
     code = "open('run/made.txt', 'a').write('x')"
-    plan = plan_of("table2", "small", tmp_path)
     said = []
     for _ in range(2):
-        run_plan(
-            type(plan)(plan.config, plan.scale, [], [], [python_step(tmp_path, code)], tmp_path),
-            *(tmp_path, {}, said.append),
-        )
+        plan = plan_of_steps(tmp_path, python_step(tmp_path, code))
+        assert run_plan(plan, tmp_path, {}, {}, said.append) == []
     assert (tmp_path / "run/made.txt").read_text() == "x"
     assert [text.split(": ")[1][:11] for text in said] == ["about 1 min", "done before"]
     with pytest.raises(UserError, match="was made by another command"):
         python_step(tmp_path, code + " # changed").is_done()
 
 
+def test_a_failed_run_stops_no_other_and_is_not_tried_again(tmp_path):
+    bad = python_step(tmp_path, "open('tried', 'a').write('x'); raise SystemExit(3)", makes="bad.txt")
+    good = python_step(tmp_path, "open('run/made.txt', 'w')")
+    plan = plan_of_steps(tmp_path, bad, good, bad)
+    failed = {}
+    assert run_plan(plan, tmp_path, {}, failed, print) == ["run0", "run2"]
+    assert run_plan(plan, tmp_path, {}, failed, print) == ["run0", "run2"]
+    assert list(failed) == [bad.makes]
+    assert "failed with exit code 3" in failed[bad.makes]
+    assert (tmp_path / "tried").read_text() == "x"
+    assert good.makes.exists()
+
+
 def test_a_step_is_given_the_machines_variables_and_no_exported_setting_of_a_training(tmp_path):
     made = tmp_path / "made"
     show = f"import json, os; open({str(made)!r}, 'w').write(json.dumps(dict(os.environ)))"
-    step = Step("a", "train", (sys.executable, "-c", show), made, 1.0, {"SEED": "3"})
+    step = Step("train", (sys.executable, "-c", show), made, 1.0, {"SEED": "3"})
     run_step(step, tmp_path, {"TARGET_CAPACITY": "0.3", "SEED": "4", "NUM_PROCESSES": "2"})
     seen = json.loads(made.read_text())
     assert (seen["SEED"], seen["NUM_PROCESSES"]) == ("3", "2")
@@ -126,7 +185,7 @@ def test_a_step_is_given_the_machines_variables_and_no_exported_setting_of_a_tra
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "pass"])
 def test_a_step_that_fails_or_makes_nothing_is_an_error(code, tmp_path):
     step = python_step(tmp_path, code)
-    with pytest.raises(UserError, match="run, train: failed"):
+    with pytest.raises(UserError, match="failed with exit code"):
         run_step(step, tmp_path, {})
     assert not step.is_done()
 
@@ -143,8 +202,11 @@ def write_files(folder, loss, piqa, seconds):
         "evaluation.json": {
             "rows": {"dense": {"piqa": {"value": 0.7}}, "routed": {"piqa": {"value": piqa}}},
             "averages": {
-                "dense": [{"name": "average", "value": 0.7}, {"name": "without RTE", "value": 0.7}],
-                "routed": [{"name": "average", "value": piqa}, None],
+                "dense": [
+                    {"name": "average", "value": 0.7, "stderr": 0.02},
+                    {"name": "without RTE", "value": 0.7, "stderr": None},
+                ],
+                "routed": [{"name": "average", "value": piqa, "stderr": 0.02}, None],
             },
         },
         "benchmark.json": {
@@ -169,34 +231,64 @@ def write_files(folder, loss, piqa, seconds):
 
 def test_what_is_collected_stands_beside_the_papers(tmp_path):
     plan = plan_of("table2", "small", tmp_path, only=["attn_sequence", "mlp_token"])
-    write_files(plan.folder / "attn_sequence", loss=1.6, piqa=0.65, seconds=1.6)
-    write_files(plan.folder / "mlp_token", loss=1.7, piqa=0.6, seconds=1.0)
-    result = collect(plan)
+    routed, token = plan.runs
+    write_files(routed.folder, loss=1.6, piqa=0.65, seconds=1.6)
+    write_files(token.folder, loss=1.7, piqa=0.6, seconds=1.0)
+    result = collect(plan, failed=["mlp_token"])
     first, second = result["rows"]
     assert first["ours"]["speed"] == 1.25
     assert first["ours"]["kv_saved"] == 25
     assert second["ours"]["average"] == 60
     assert result["dense"]["ours"] == {
-        **{"loss": 1.5, "capacity": 1.0, "piqa": 70.0, "average": 70.0, "without_rte": 70.0},
+        **{"loss": 1.5, "capacity": 1.0, "piqa": 70.0, "average": 70.0, "average_stderr": 2.0, "without_rte": 70.0},
         **{"speed": 1.0, "kv_saved": 0.0},
     }
     lines = markdown(result, "bash x.sh").splitlines()
-    assert "| attn_sequence | 65.0 | 69.4 | 1.25x | 1.21x | 0.500 | - | 1.600 | - |" in lines
-    assert "| dense | 70.0 | 69.7 | 1.00x | 1.00x | 1.000 | - | 1.500 | - |" in lines
-    assert "Made by `bash x.sh`." in lines[2]
-    assert lines[-1].startswith("Not at this scale: attn_token")
+    head = "average (%), ours | average (%), paper | speed, ours | speed, paper | capacity, ours | held-out loss, ours"
+    assert f"|  | {head} |" in lines  # the paper has no capacity and no loss
+    assert "| attn_sequence | 65.0 ± 2.0 | 69.4 | 1.25x | 1.21x | 0.500 | 1.600 |" in lines
+    assert "| dense | 70.0 ± 2.0 | 69.7 | 1.00x | 1.00x | 1.000 | 1.500 |" in lines
+    assert lines[4].startswith("Made by `bash x.sh`; seed 233; torch ")
+    assert lines[-3].startswith("Not at this scale: attn_token")
+    assert lines[-1] == "**Failed**: mlp_token."
     kind, value = figure_of(plan, result)
     assert kind == "pareto"
-    assert value["less_is_better"]
-    assert {point["name"]: (point["x"], point["y"]) for point in value["points"]} == {
+    loss, average = value["panels"]
+    assert (loss["less_is_better"], average["less_is_better"]) == (True, False)
+    assert {point["name"]: (point["x"], point["y"]) for point in loss["points"]} == {
         **{"attn_sequence": (1.25, 1.6), "mlp_token": (2.0, 1.7), "dense": (1.0, 1.5)},
     }
+    assert {point["name"]: (point["y"], point["stderr"]) for point in average["points"]} == {
+        **{"attn_sequence": (65.0, 2.0), "mlp_token": (60.0, 2.0), "dense": (70.0, 2.0)},
+    }
+
+
+def test_an_adapted_model_without_its_routing_is_not_the_dense_base(tmp_path):
+    plan = plan_of("table8", "small", tmp_path)
+    for run, loss in zip(plan.runs, (1.6, 1.3, 1.4), strict=True):
+        write_files(run.folder, loss=loss, piqa=0.65, seconds=1.6)
+        if "lora" in run.name:
+            (run.folder / "checkpoint/adapter_config.json").write_text("{}")
+    result = collect(plan)
+    assert [row["ours"].get("loss_increase") for row in result["rows"]] == [pytest.approx(0.1), None, None]
+    assert result["dense"]["ours"]["loss"] == 1.5
+    alone = collect(plan_of("table8", "small", tmp_path, only=["lora"]))
+    assert alone["dense"]["ours"] == {}
+
+
+def test_rows_of_the_sample_are_said_to_be_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert collect(plan_of("table2", "small", tmp_path))["scale"].endswith("Trained on the embedded sample.")
+    (tmp_path / "data/reformatted/alpaca").mkdir(parents=True)
+    plan = plan_of("table2", "small", tmp_path)
+    assert "embedded sample" not in collect(plan)["scale"]
+    assert plan.steps[0].makes == Path("data/reformatted/alpaca/data.jsonl")
 
 
 def test_without_held_out_rows_capacity_is_the_evaluations(tmp_path):
     plan = plan_of("table7", "small", tmp_path, only=["smollm2_moe_expert_drop"])
     rows = {"piqa": {"value": 0.6, "capacity": {"capacity": 0.7}}, "rte": {"value": 0.5, "capacity": {"capacity": 0.8}}}
-    folder = plan.folder / "smollm2_moe_expert_drop"
+    folder = plan.runs[0].folder
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps({"rows": {"routed": rows}, "averages": {}}))
     (row,) = collect(plan)["rows"]
@@ -207,18 +299,18 @@ def test_without_held_out_rows_capacity_is_the_evaluations(tmp_path):
 def test_what_only_the_paper_has_is_said_to_be_so(tmp_path):
     plan = plan_of("table3", "small", tmp_path)
     lines = markdown(collect(plan), "bash x.sh").splitlines()
-    assert "| dlo | - | 60.5 | - | - | - | - |" in lines
+    assert "| dlo | 60.5 |" in lines
     assert lines[-1].endswith("no code for it here: dlo, skip_transformer.")
 
 
 def test_figures_of_layers_and_series(tmp_path):
     plan = plan_of("figure4", "small", tmp_path)
-    write_files(plan.folder / "attn_sequence", loss=1.6, piqa=0.65, seconds=1.6)
+    write_files(plan.runs[0].folder, loss=1.6, piqa=0.65, seconds=1.6)
     assert figure_of(plan, collect(plan)) == ("layers", {"attn_sequence": {"3": 0.5}})
-    plan = plan_of("figure3", "small", tmp_path)
+    plan = plan_of("figure3", "small", tmp_path / "empty")
     assert figure_of(plan, collect(plan)) is None
     for number, run in enumerate(plan.runs):
-        write_files(run_folder(plan.folder, run["name"]), loss=1.6 + number, piqa=0.65, seconds=1.6)
+        write_files(run.folder, loss=1.6 + number, piqa=0.65, seconds=1.6)
     kind, value = figure_of(plan, collect(plan))
     assert kind == "series"
     assert [(one["name"], one["x"]) for one in value["series"]] == [

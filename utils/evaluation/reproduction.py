@@ -1,13 +1,14 @@
-"""A table or figure of the paper as a list of steps: build, train, evaluate, benchmark, collect.
+"""A table or figure of the paper as a list of steps: data, build, train, evaluate, benchmark.
 
 A file of `configs/reproduce` says which runs a table has, what the paper measured for each, and which of our numbers
 stand beside it. `scales.yaml` says what a run is at each scale: which model, how many rows and items. A step is a
-command that leaves a file; it is done where that file is there and was made by the same command. Nothing is kept in
-memory between steps: what `collect` shows comes out of the files.
+command that leaves a file; it is done where that file is there and was made by the same command. A run's folder is
+named after what makes its checkpoint, so tables that have a run in common share its training, evaluation and
+benchmark. Nothing is kept in memory between steps: what `results_table.py` shows comes out of the files.
 """
 
+import hashlib
 import json
-import re
 import shlex
 import subprocess
 import time
@@ -22,21 +23,6 @@ from utils.io.errors import UserError, suggest
 from utils.io.files import write_json
 from utils.model.checkpoint import INDEX_FILE
 
-from .plots import read_figure
-
-METRICS: dict[str, str] = {
-    "dense": "dense average (%)",
-    "average": "average (%)",
-    "without_rte": "without RTE (%)",
-    "loss": "held-out loss",
-    "loss_increase": "loss above dense",
-    "capacity": "capacity",
-    "speed": "speed",
-    "kv_saved": "KV memory saved (%)",
-}
-"""Number that a run can show -> head of its column; tasks of the evaluation can be shown too, by their names."""
-
-
 WHAT_IS_TRAINED = frozenset(
     (
         *("FOLDER_NAME", "BASE_MODEL", "DATA_TYPE", "TRAIN_FILE", "MAX_TRAIN_SAMPLES", "MAX_SEQ_LENGTH", "MOD_N"),
@@ -46,20 +32,22 @@ WHAT_IS_TRAINED = frozenset(
 )
 """Fields of `scripts/finetune_mod.sh` that a step's own description sets or leaves at their defaults."""
 
+SAMPLE = Path("data/sample")
+"""Rows of Alpaca that are in the repository; they are trained on where there is no other data."""
+
 
 @dataclass(frozen=True)
 class Step:
     """One command of a reproduction.
 
     Args:
-        run, kind: of which run it is, and `build`, `train`, `baseline`, `evaluate` or `benchmark`.
+        kind: `data`, `build`, `train`, `baseline`, `evaluate` or `benchmark`.
         command: what is executed, from the root of the repository.
-        environment: set for it.
         makes: the file that is there when it is done.
         minutes: how long it takes, about.
+        environment: set for it.
     """
 
-    run: str
     kind: str
     command: tuple[str, ...]
     makes: Path
@@ -85,32 +73,97 @@ class Step:
         """
         if not self.makes.exists():
             return False
-        if self.record.is_file() and json.loads(self.record.read_text(encoding="utf-8"))["command"] != self.text:
-            raise UserError(
-                f"{self.makes} was made by another command than {self.text!r}: remove {self.makes.parent}, or choose "
-                "another --output_dir"
-            )
+        if self.record.is_file():
+            before = json.loads(self.record.read_text(encoding="utf-8"))["command"]
+            if before != self.text:
+                raise UserError(
+                    f"{self.makes} was made by another command, {before!r} and not {self.text!r}: remove it, or choose "
+                    "another --output_dir"
+                )
         return True
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All of a reproduction at one scale.
+class Run:
+    """A checkpoint and what is measured of it: a row of a table.
 
     Args:
-        config, scale: the table's file and the scale's entry, as they are in YAML.
-        runs: the runs that are done at this scale, from the table's file.
-        left_out: names of those that are not.
-        steps: in order.
-        folder: where all of it goes.
+        name: in the table.
+        entry: as it is in the table's file.
+        folder: of its checkpoint and measurements.
+        steps: in order; none where only the paper has it.
     """
 
-    config: dict[str, Any]
-    scale: dict[str, Any]
-    runs: list[dict[str, Any]]
-    left_out: list[str]
-    steps: list[Step]
+    name: str
+    entry: dict[str, Any]
     folder: Path
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a table or figure at one scale.
+
+    Args:
+        name: of its file.
+        config: the file, as it is in YAML.
+        description: what a reader has to know of the scale, and of what was asked for besides.
+        machine: on which the estimated times were taken.
+        runs: those that are done at this scale.
+        left_out: names of those that are not.
+        folder: where table and figure go.
+    """
+
+    name: str
+    config: dict[str, Any]
+    description: str
+    machine: str
+    runs: tuple[Run, ...]
+    left_out: tuple[str, ...]
+    folder: Path
+
+    @property
+    def steps(self) -> list[Step]:
+        """Return the steps of all runs, each once."""
+        return unique_steps([self])
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is asked for instead of a scale's own settings; None leaves them.
+
+    Args:
+        max_train_samples: rows of a training.
+        limit: items of a task.
+        data_dir: local data of the evaluation.
+        dtype: of training, evaluation and benchmark.
+    """
+
+    max_train_samples: int | None = None
+    limit: int | None = None
+    data_dir: Path | None = None
+    dtype: str | None = None
+
+    @property
+    def sentences(self) -> str:
+        """What a reader of the table has to know of them."""
+        given = ((self.max_train_samples, "rows"), (self.limit, "items of each task"))
+        less = " and ".join(f"{number} {what}" for number, what in given if number is not None)
+        return (f" In {self.dtype}." if self.dtype else "") + (f" This one was made with {less} only." if less else "")
+
+    @property
+    def of_type(self) -> list[str]:
+        """The argument that all commands take."""
+        return [] if self.dtype is None else ["--dtype", self.dtype]
+
+
+NO_CHANGES = Changes()
+
+
+def table_names(configs: Path) -> list[str]:
+    """Return the names of all tables and figures that have a file in `configs`, tables first."""
+    names = sorted(path.stem for path in configs.glob("*.yaml") if path.stem != "scales")
+    return sorted(names, key=lambda name: not name.startswith("table"))
 
 
 def make_plan(
@@ -119,56 +172,83 @@ def make_plan(
     configs: Path,
     output_dir: Path,
     only: Sequence[str] = (),
-    max_train_samples: int | None = None,
-    limit: int | None = None,
-    data_dir: Path | None = None,
+    changes: Changes = NO_CHANGES,
 ) -> Plan:
     """Read a table's file and lay out its steps; runs nothing.
 
     Args:
         name: of the file in `configs`, such as `table2`.
         scale_name: an entry of `scales.yaml`.
+        output_dir: `runs` and the scale's tables are folders in it.
         only: names of runs; none for all.
-        max_train_samples, limit: rows and items instead of the scale's.
-        data_dir: local data for the evaluation.
 
     Raises:
-        UserError: there is no such table, scale or run.
+        UserError: there is no such table or run.
     """
-    tables = sorted(path.stem for path in configs.glob("*.yaml") if path.stem != "scales")
-    if name not in tables:
-        raise UserError(f"{name!r}{suggest(name, tables)} is none of {', '.join(tables)}")
+    if name not in (tables := table_names(configs)):
+        raise UserError(f"{name!r}{suggest(name, tables)} is none of all, {', '.join(tables)}")
     config = yaml.safe_load((configs / f"{name}.yaml").read_text(encoding="utf-8"))
     scales = yaml.safe_load((configs / "scales.yaml").read_text(encoding="utf-8"))
     scale = scales[scale_name]
-    changed = [
-        f"{n} {what}" for n, what in ((max_train_samples, "rows"), (limit, "items of each task")) if n is not None
-    ]
-    if changed:
-        scale["description"] += f" This one was made with {' and '.join(changed)} only."
     names = [run["name"] for run in config["runs"]]
     for run in only:
         if run not in names:
             raise UserError(f"run {run!r}{suggest(run, names)} is none of {name}'s: {', '.join(names)}")
-    runs = [
-        run
-        for run in config["runs"]
-        if scale_name in run.get("scales", config.get("scales", list(scales))) and (not only or run["name"] in only)
-    ]
-    folder = output_dir / name / scale_name
-    steps = [
-        step
-        for run in runs
-        for step in _steps_of(run, config, scale, scale_name, folder, max_train_samples, limit, data_dir)
-    ]
-    steps = list({step.makes: step for step in steps}.values())  # runs may share a checkpoint to start from
-    left_out = [run for run in names if run not in {run["name"] for run in runs}]
-    return Plan(config, scale, runs, left_out, steps, folder)
+    at_scale = [run for run in config["runs"] if scale_name in run.get("scales", list(scales))]
+    chosen = [run for run in at_scale if not only or run["name"] in only]
+    runs = tuple(_run_of(run, config, scale, scale_name, output_dir / "runs", changes) for run in chosen)
+    embedded = any(step.makes.is_relative_to(SAMPLE) for run in runs for step in run.steps)
+    return Plan(
+        name,
+        config,
+        description=scale["description"] + changes.sentences + (" Trained on the embedded sample." if embedded else ""),
+        machine=scale["machine"],
+        runs=runs,
+        left_out=tuple(run for run in names if run not in {run["name"] for run in chosen}),
+        folder=output_dir / scale_name / name,
+    )
 
 
-def run_folder(folder: Path, run: str) -> Path:
-    """Return where a run's files go: its name, without what a path had better not hold."""
-    return folder / re.sub(r"[^\w.]+", "_", run).strip("_")
+def unique_steps(plans: Sequence[Plan]) -> list[Step]:
+    """Return the steps of several plans in order, those that they share once."""
+    return list({step.makes: step for plan in plans for run in plan.runs for step in run.steps}.values())
+
+
+def estimate(steps: Sequence[Step]) -> str:
+    """Return the steps' time as text."""
+    minutes = sum(step.minutes for step in steps)
+    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
+
+
+def run_plan(
+    plan: Plan, root: Path, environment: dict[str, str], failed: dict[Path, str], say: Callable[[str], None]
+) -> list[str]:
+    """Execute the steps that are not done yet, in order. A run whose step fails goes no further; the others do.
+
+    Args:
+        failed: file that a step should have made -> how it failed; added to, and not tried again.
+
+    Returns:
+        The names of the runs that failed.
+    """
+    names = []
+    for run in plan.runs:
+        for step in run.steps:
+            where = f"{plan.name}, {run.name}, {step.kind}"
+            if step.makes not in failed:
+                if step.is_done():
+                    say(f"{where}: done before")
+                    continue
+                say(f"{where}: about {estimate([step])}\n  {step.text}")
+                try:
+                    run_step(step, root, environment)
+                    continue
+                except UserError as error:
+                    failed[step.makes] = str(error)
+            say(f"{where}: {failed[step.makes]}")
+            names.append(run.name)
+            break
+    return names
 
 
 def run_step(step: Step, root: Path, environment: dict[str, str]) -> None:
@@ -188,223 +268,93 @@ def run_step(step: Step, root: Path, environment: dict[str, str]) -> None:
         raise KeyboardInterrupt
     if result.returncode or not step.makes.exists():
         raise UserError(
-            f"{step.run}, {step.kind}: failed with exit code {result.returncode}; given again, this command goes on "
-            f"from there: {step.text}"
+            f"failed with exit code {result.returncode}; given again, this command goes on from there: {step.text}"
         )
     write_json(step.record, {"command": step.text, "seconds": time.perf_counter() - start})
 
 
-def collect(plan: Plan) -> dict[str, Any]:
-    """Gather what the runs' files say.
-
-    Returns:
-        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number), `dense`, `paper_only` and
-        `left_out`.
-    """
-    rows = []
-    dense: dict[str, float] = {}
-    for run in plan.runs:
-        measured, base = _numbers(run_folder(plan.folder, run["name"]))
-        measured |= {"dense": base["average"]} if "average" in base else {}
-        dense = dense or base
-        rows.append({"name": run["name"], "ours": measured, "paper": run.get("paper", {}), "x": run.get("x")})
-    return {
-        "title": plan.config["title"],
-        "scale": plan.scale["description"],
-        "metrics": plan.config["metrics"],
-        "rows": rows,
-        "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
-        "paper_only": [run["name"] for run in plan.runs if run.get("paper_only")],
-        "left_out": plan.left_out,
-    }
-
-
-def markdown(result: dict[str, Any], command: str) -> str:
-    """Return the table, ours beside the paper's, with what it was made by."""
-    metrics = result["metrics"]
-    heads = ["", *(f"{METRICS.get(m, m)}{who}" for m in metrics for who in (", ours", ", paper"))]
-    lines = [f"# {result['title']}", "", f"{result['scale']} Made by `{command}`.", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    # where the runs have several bases, each row has its own
-    bases = [] if "dense" in metrics else [{"name": "dense", **result["dense"]}]
-    for row in [*bases, *result["rows"]]:
-        cells = [_cell(row[who], metric) for metric in metrics for who in ("ours", "paper")]
-        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
-    if result["paper_only"]:
-        lines += ["", f"The paper's number alone, as there is no code for it here: {', '.join(result['paper_only'])}."]
-    if result["left_out"]:
-        lines += ["", f"Not at this scale: {', '.join(result['left_out'])}."]
-    return "\n".join(lines) + "\n"
-
-
-def figure_of(plan: Plan, result: dict[str, Any]) -> tuple[str, Any] | None:
-    """Return kind and value of the plan's figure for `plots.save_figure`; None where it has none or lacks numbers."""
-    wanted = plan.config.get("figure")
-    if not wanted:
-        return None
-    rows = [row for row in result["rows"] if wanted.get("y") in row["ours"]]
-    if wanted["kind"] == "layers":
-        rows = result["rows"]
-        shares = {row["name"]: row["ours"].get("layers") for row in rows}
-        shares = {name: value for name, value in shares.items() if value}
-        return ("layers", shares) if shares else None
-    if wanted["kind"] == "experts":
-        evaluations = [_read(run_folder(plan.folder, run["name"]) / "evaluation.json") for run in plan.runs]
-        whole = [value for value in evaluations if value]
-        return ("experts", read_figure("experts", [("", whole[0])])) if whole else None
-    y_label = METRICS.get(wanted["y"], wanted["y"])
-    if wanted["kind"] == "pareto":
-        points = [{"name": row["name"], "x": row["ours"]["speed"], "y": row["ours"][wanted["y"]]} for row in rows]
-        if wanted["y"] in result["dense"]["ours"]:
-            points.append({"name": "dense", "x": 1.0, "y": result["dense"]["ours"][wanted["y"]]})
-        value = {"x_label": "speed relative to dense", "y_label": y_label, "points": points}
-        return ("pareto", value | {"less_is_better": wanted["y"].startswith("loss")}) if points else None
-    series: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        name = re.split(r"[ ,]", row["name"])[0] if wanted.get("by_first_word") else "routed"
-        one = series.setdefault(name, {"name": name, "x": [], "y": []})
-        one["x"].append(row["x"])
-        one["y"].append(row["ours"][wanted["y"]])
-    value = {"x_label": wanted["x_label"], "y_label": y_label, "series": list(series.values())}
-    return ("series", value | {"dense": result["dense"]["ours"].get(wanted["y"])}) if series else None
-
-
-def estimate(steps: Sequence[Step]) -> str:
-    """Return the steps' time as text."""
-    minutes = sum(step.minutes for step in steps)
-    return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
-
-
-def run_plan(plan: Plan, root: Path, environment: dict[str, str], say: Callable[[str], None]) -> None:
-    """Execute the steps that are not done yet, in order."""
-    for number, step in enumerate(plan.steps, start=1):
-        where = f"[{number}/{len(plan.steps)}] {step.run}, {step.kind}"
-        if step.is_done():
-            say(f"{where}: done before")
-            continue
-        say(f"{where}: about {estimate([step])}\n  {step.text}")
-        run_step(step, root, environment)
-
-
-def _steps_of(
+def _run_of(
     run: dict[str, Any],
     config: dict[str, Any],
     scale: dict[str, Any],
     scale_name: str,
-    folder: Path,
-    max_train_samples: int | None,
-    limit: int | None,
-    data_dir: Path | None,
-) -> list[Step]:
+    runs_folder: Path,
+    changes: Changes,
+) -> Run:
     if run.get("paper_only"):
-        return []
-    model = run.get("model", config.get("model", {})).get(scale_name) or scale["model"]
-    output = run_folder(folder, run["name"])
-    checkpoint = output / "checkpoint"
-    environment = {"FOLDER_NAME": model["folder"], "OUTPUT_DIR": str(checkpoint)}
+        return Run(run["name"], run, runs_folder / "none", ())
+    minutes = scale["minutes"]
+    model = run.get("model", {}).get(scale_name) or scale["model"]
+    environment = {"FOLDER_NAME": model["folder"]}
     if "base" in model:
         environment["BASE_MODEL"] = model["base"]
     for source in (scale, config, run):
         environment |= {name: str(value) for name, value in source.get("environment", {}).items()}
-    if max_train_samples is not None:
-        environment["MAX_TRAIN_SAMPLES"] = str(max_train_samples)
+    if changes.max_train_samples is not None:
+        environment["MAX_TRAIN_SAMPLES"] = str(changes.max_train_samples)
+    data = _data_step(environment.pop("DATA_TYPE"), minutes["data"])
+    environment = dict(sorted((environment | {"TRAIN_FILE": str(data.makes)}).items()))
     build = ["python", "entrypoints/checkpoint/build_mod_checkpoint.py", "--folder_name", model["folder"]]
     build += ["--base_model", model["base"]] if "base" in model else []
     build += [str(a) for a in model.get("build_arguments", ())]
+    built = Path("ckpt") / model["folder"] / INDEX_FILE
     arguments = [str(a) for source in (scale, config, run) for a in source.get("train_arguments", ())]
-    evaluate = ["bash", "scripts/evaluate.sh", str(checkpoint), "--output", str(output / "evaluation.json")]
-    evaluate += [str(a) for a in config.get("evaluate_arguments", scale["evaluate_arguments"])]
-    evaluate += [] if limit is None else ["--limit", str(limit)]
-    evaluate += [] if data_dir is None else ["--data_dir", str(data_dir)]
-    benchmark = ["bash", "scripts/benchmark.sh", str(checkpoint), "--output", str(output / "benchmark.json")]
-    benchmark += [str(a) for a in scale["benchmark_arguments"]]
-    train = ["bash", "scripts/finetune_mod.sh", *arguments]
-    made = {"train": (train, checkpoint / INDEX_FILE, environment)}
-    if "baseline" in run:
-        made = {"baseline": (_baseline(run["baseline"], environment), checkpoint / INDEX_FILE, {})}
-    steps = {  # kind -> command, what it makes, its environment
-        "build": (build, Path("ckpt") / model["folder"] / INDEX_FILE, {}),
-        **made,
-        "evaluate": (evaluate, output / "evaluation.json", {}),
-        "benchmark": (benchmark, output / "benchmark.json", {}),
-    }
-    return [
-        Step(run["name"], kind, tuple(command), makes, scale["minutes"][kind], environment)
-        for kind, (command, makes, environment) in steps.items()
-        if kind in made or kind in config.get("steps", steps)
+
+    def training(checkpoint: str) -> tuple[str, list[str], dict[str, str]]:
+        if "baseline" in run:
+            return "baseline", _baseline(run["baseline"], environment, checkpoint, changes), {}
+        command = ["bash", "scripts/finetune_mod.sh", *arguments, *changes.of_type]
+        return "train", command, environment | {"OUTPUT_DIR": checkpoint}
+
+    made_by = json.dumps([build, *training(""), changes.dtype], sort_keys=True)
+    words = (environment["GRANULARITY"], environment["TARGET_CAPACITY"], run.get("baseline"))
+    words = (*words, hashlib.sha256(made_by.encode()).hexdigest()[:8])
+    folder = runs_folder / "-".join(word for word in words if word)
+    checkpoint = folder / "checkpoint"
+    kind, command, own = training(str(checkpoint))
+    steps = [
+        data,
+        Step("build", tuple(build), built, minutes["build"]),
+        Step(kind, tuple(command), checkpoint / INDEX_FILE, minutes[kind], own),
     ]
+    evaluate = [str(a) for a in scale["evaluate_arguments"]] + changes.of_type
+    evaluate += [] if changes.limit is None else ["--limit", str(changes.limit)]
+    evaluate += [] if changes.data_dir is None else ["--data_dir", str(changes.data_dir)]
+    benchmark = [str(a) for a in scale["benchmark_arguments"]] + changes.of_type
+    for kind, given in (("evaluate", evaluate), ("benchmark", benchmark)):
+        if kind in config["measure"]:
+            output = folder / {"evaluate": "evaluation.json", "benchmark": "benchmark.json"}[kind]
+            command = ["bash", f"scripts/{kind}.sh", str(checkpoint), "--output", str(output), *given]
+            steps.append(Step(kind, tuple(command), output, minutes[kind]))
+    return Run(run["name"], run, folder, tuple(steps))
 
 
-def _baseline(kind: str, environment: dict[str, str]) -> list[str]:
+def _data_step(data_type: str, minutes: float) -> Step:
+    """Return the step that makes the rows that `scripts/finetune_mod.sh` trains on when given this data type."""
+    if data_type == "mixed":
+        return Step("data", ("bash", "scripts/data/mix.sh"), Path("data/mixed/data.jsonl"), minutes)
+    command = ("python", "entrypoints/data/reformat_datasets.py", "--datasets", data_type)
+    there = any(Path(folder, data_type).exists() for folder in ("data/reformatted", "data/raw"))
+    if there or data_type != "alpaca":
+        return Step("data", command, Path(f"data/reformatted/{data_type}/data.jsonl"), minutes)
+    command += ("--raw_data_root", str(SAMPLE), "--save_path", str(SAMPLE / "reformatted"))
+    return Step("data", command, SAMPLE / "reformatted/alpaca/data.jsonl", minutes)
+
+
+def _baseline(kind: str, environment: dict[str, str], output: str, changes: Changes) -> list[str]:
     """Return the command that makes a checkpoint without training, for what a training would have been set to."""
-    checkpoint, output = f"ckpt/{environment['FOLDER_NAME']}", environment["OUTPUT_DIR"]
-    capacity = float(environment.get("TARGET_CAPACITY", 0.5))
+    checkpoint, capacity = f"ckpt/{environment['FOLDER_NAME']}", float(environment["TARGET_CAPACITY"])
+    mod_n = ["--mod_n", environment["MOD_N"]] if "MOD_N" in environment else []
     if kind == "expert_drop":
         share = ["--share", f"{1 - capacity:g}"]
-        return ["python", "entrypoints/checkpoint/drop_experts.py", checkpoint, output, *share]
+        return ["python", "entrypoints/checkpoint/drop_experts.py", checkpoint, output, *share, *mod_n]
     options = {
         "model_name_or_path": checkpoint,
         "output_dir": output,
-        "train_file": _train_file(environment["DATA_TYPE"]),
+        "train_file": environment["TRAIN_FILE"],
         "capacity": f"{capacity:g}",
         "granularity": environment["GRANULARITY"],
         "max_seq_length": environment["MAX_SEQ_LENGTH"],
     }
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return ["python", "entrypoints/checkpoint/build_baseline.py", kind, *given]
-
-
-def _train_file(data_type: str) -> str:
-    """Return the file that `scripts/finetune_mod.sh` trains on."""
-    if data_type == "mixed":
-        return "data/mixed/data.jsonl"
-    there = any(Path(folder, data_type).exists() for folder in ("data/reformatted", "data/raw"))
-    return f"data/{'' if there or data_type != 'alpaca' else 'sample/'}reformatted/{data_type}/data.jsonl"
-
-
-def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return what a run's files say of it, and of its dense base."""
-    ours: dict[str, Any] = {}
-    dense: dict[str, float] = {}
-    report = _read(folder / "checkpoint/results.json")
-    if report:
-        held_out = report["held_out"]
-        ours |= {"loss": held_out["routed"]["eval_loss"], "capacity": held_out["routed"]["eval_capacity"]}
-        dense |= {"loss": held_out["dense"]["dense_loss"], "capacity": 1.0}
-        ours["loss_increase"] = ours["loss"] - dense["loss"]
-        prefix = "eval_capacity/layer_"
-        routed = held_out["routed"].items()
-        ours["layers"] = {name.removeprefix(prefix): share for name, share in routed if name.startswith(prefix)}
-    evaluation = _read(folder / "evaluation.json")
-    if evaluation:
-        for name, numbers in (("routed", ours), ("dense", dense)):
-            numbers |= {task: 100 * result["value"] for task, result in evaluation["rows"].get(name, {}).items()}
-            means = [mean for mean in evaluation["averages"].get(name, []) if mean]
-            numbers |= {mean["name"].replace(" ", "_").lower(): 100 * mean["value"] for mean in means}
-        counted = [task.get("capacity") for task in evaluation["rows"].get("routed", {}).values()]
-        if any(counted) and "capacity" not in ours:  # of a baseline that reports no held-out rows
-            ours["capacity"] = sum(capacity["capacity"] for capacity in counted) / len(counted)
-    benchmark = _read(folder / "benchmark.json")
-    if benchmark:
-        columns = benchmark["cells"][-1]["columns"]
-        seconds = {name: _generation_seconds(columns[name]) for name in ("dense", "tuned")}
-        ours["speed"] = seconds["dense"] / seconds["tuned"]
-        ours["kv_saved"] = 100 * (1 - columns["tuned"]["kv_bytes"] / columns["dense"]["kv_bytes"])
-        dense |= {"speed": 1.0, "kv_saved": 0.0}
-    return ours, dense
-
-
-def _generation_seconds(column: dict[str, Any]) -> float:
-    """Return what a whole generation takes, as the paper's speed counts it: prefill and decode."""
-    return sum(column[phase]["seconds"]["median"] for phase in ("prefill", "decode") if phase in column)
-
-
-def _cell(numbers: dict[str, Any], metric: str) -> str:
-    value = numbers.get(metric)
-    if value is None:
-        return "-"
-    return f"{value:.2f}x" if metric == "speed" else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return ["python", "entrypoints/checkpoint/build_baseline.py", kind, *given, *mod_n, *changes.of_type]

@@ -1,0 +1,171 @@
+"""What the runs of a table of the paper came to, beside the paper's numbers: a table in Markdown and a figure.
+
+Everything is read from the files that training, evaluation and benchmark have left in the runs' folders.
+"""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from utils.model.lora import holds_adapter
+
+from .plots import LABELS, read_figure
+from .reproduction import Plan
+
+
+def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
+    """Gather what the runs' files say.
+
+    Args:
+        failed: names of runs that did not come to their end.
+
+    Returns:
+        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number), `dense`, `paper_only`,
+        `left_out`, `failed`, and the `versions` and the `machine` that this is.
+    """
+    rows = []
+    dense: dict[str, float] = {}
+    for run in plan.runs:
+        measured, base = _numbers(run.folder)
+        measured |= {"dense": base["average"]} if "average" in base else {}
+        dense = base | dense
+        rows.append({"name": run.name, "ours": measured, "paper": run.entry.get("paper", {}), "x": run.entry.get("x")})
+    return {
+        "title": plan.config["title"],
+        "scale": plan.description,
+        "metrics": plan.config["metrics"],
+        "rows": rows,
+        "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
+        "paper_only": [run.name for run in plan.runs if run.entry.get("paper_only")],
+        "left_out": list(plan.left_out),
+        "failed": list(failed),
+        "versions": {package: version(package) for package in ("torch", "transformers", "lm_eval")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}",
+    }
+
+
+def markdown(result: dict[str, Any], command: str) -> str:
+    """Return the table, ours beside the paper's, with what it was made by; columns without a number are left out."""
+    # where the runs have several bases, each row has its own
+    bases = [] if "dense" in result["metrics"] else [{"name": "dense", **result["dense"]}]
+    rows = [*bases, *result["rows"]]
+    both = [(metric, who) for metric in result["metrics"] for who in ("ours", "paper")]
+    columns = [(metric, who) for metric, who in both if any(metric in row[who] for row in rows)]
+    heads = ["", *(f"{LABELS.get(metric, metric)}, {who}" for metric, who in columns)]
+    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    lines = [f"# {result['title']}", "", result["scale"], ""]
+    lines += [f"Made by `{command}`; seed 233; {versions}; {result['machine']}.", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        lines.append("| " + " | ".join([row["name"], *(_cell(row[who], metric) for metric, who in columns)]) + " |")
+    if result["paper_only"]:
+        lines += ["", f"The paper's number alone, as there is no code for it here: {', '.join(result['paper_only'])}."]
+    if result["left_out"]:
+        lines += ["", f"Not at this scale: {', '.join(result['left_out'])}."]
+    if result["failed"]:
+        lines += ["", f"**Failed**: {', '.join(result['failed'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def figure_of(plan: Plan, result: dict[str, Any]) -> tuple[str, Any] | None:
+    """Return kind and value of the plan's figure for `plots.save_figure`; None where it has none or lacks numbers."""
+    wanted = plan.config.get("figure")
+    if not wanted:
+        return None
+    if wanted["kind"] == "layers":
+        shares = {row["name"]: row["ours"].get("layers") for row in result["rows"]}
+        shares = {name: value for name, value in shares.items() if value}
+        return ("layers", shares) if shares else None
+    if wanted["kind"] == "experts":
+        evaluations = [_read(run.folder / "evaluation.json") for run in plan.runs]
+        whole = [value for value in evaluations if value]
+        return ("experts", read_figure("experts", [("", whole[0])])) if whole else None
+    if wanted["kind"] == "pareto":
+        panels = [_speed_panel(result, y) for y in wanted["y"]]
+        panels = [panel for panel in panels if len(panel["points"]) > 1]
+        return ("pareto", {"panels": panels}) if panels else None
+    rows = [row for row in result["rows"] if wanted["y"] in row["ours"]]
+    series: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name = re.split(r"[ ,]", row["name"])[0] if wanted.get("by_first_word") else "routed"
+        one = series.setdefault(name, {"name": name, "x": [], "y": []})
+        one["x"].append(row["x"])
+        one["y"].append(row["ours"][wanted["y"]])
+    value = {
+        "x_label": wanted["x_label"],
+        "y_label": LABELS.get(wanted["y"], wanted["y"]),
+        "series": list(series.values()),
+    }
+    return ("series", value | {"dense": result["dense"]["ours"].get(wanted["y"])}) if series else None
+
+
+def _speed_panel(result: dict[str, Any], y: str) -> dict[str, Any]:
+    """Return quality against measured speed, of all runs that have both, and of the dense model."""
+    rows = [*result["rows"], {"name": "dense", **result["dense"]}]
+    points = [
+        {"name": row["name"], "x": row["ours"]["speed"], "y": row["ours"][y], "stderr": row["ours"].get(f"{y}_stderr")}
+        for row in rows
+        if {"speed", y} <= row["ours"].keys()
+    ]
+    labels = {"x_label": "speed relative to dense", "y_label": LABELS.get(y, y)}
+    return labels | {"points": points, "less_is_better": y.startswith("loss")}
+
+
+def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return what a run's files say of it, and of its dense base, if they say anything of that."""
+    ours: dict[str, Any] = {}
+    dense: dict[str, float] = {}
+    report = _read(folder / "checkpoint/results.json")
+    if report:
+        held_out = report["held_out"]
+        ours |= {"loss": held_out["routed"]["eval_loss"], "capacity": held_out["routed"]["eval_capacity"]}
+        dense |= {"loss": held_out["dense"]["dense_loss"], "capacity": 1.0}
+        ours["loss_increase"] = ours["loss"] - dense["loss"]
+        prefix = "eval_capacity/layer_"
+        routed = held_out["routed"].items()
+        ours["layers"] = {name.removeprefix(prefix): share for name, share in routed if name.startswith(prefix)}
+    evaluation = _read(folder / "evaluation.json")
+    if evaluation:
+        for name, numbers in (("routed", ours), ("dense", dense)):
+            numbers |= {task: 100 * result["value"] for task, result in evaluation["rows"].get(name, {}).items()}
+            means = [mean for mean in evaluation["averages"].get(name, []) if mean]
+            for mean in means:
+                key = mean["name"].replace(" ", "_").lower()
+                numbers[key] = 100 * mean["value"]
+                if mean["stderr"] is not None:
+                    numbers[f"{key}_stderr"] = 100 * mean["stderr"]
+        counted = [task.get("capacity") for task in evaluation["rows"].get("routed", {}).values()]
+        if any(counted) and "capacity" not in ours:  # of a baseline that reports no held-out rows
+            ours["capacity"] = sum(capacity["capacity"] for capacity in counted) / len(counted)
+    benchmark = _read(folder / "benchmark.json")
+    if benchmark:
+        columns = benchmark["cells"][-1]["columns"]
+        seconds = {name: _generation_seconds(columns[name]) for name in ("dense", "tuned")}
+        ours["speed"] = seconds["dense"] / seconds["tuned"]
+        ours["kv_saved"] = 100 * (1 - columns["tuned"]["kv_bytes"] / columns["dense"]["kv_bytes"])
+        dense |= {"speed": 1.0, "kv_saved": 0.0}
+    if holds_adapter(folder / "checkpoint"):  # without its routing it is the adapted model, and not the dense base
+        return {name: value for name, value in ours.items() if name != "loss_increase"}, {}
+    return ours, dense
+
+
+def _generation_seconds(column: dict[str, Any]) -> float:
+    """Return what a whole generation takes, as the paper's speed counts it: prefill and decode."""
+    return sum(column[phase]["seconds"]["median"] for phase in ("prefill", "decode") if phase in column)
+
+
+def _cell(numbers: dict[str, Any], metric: str) -> str:
+    value, error = numbers.get(metric), numbers.get(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    text = f"{value:.2f}x" if metric == "speed" else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return text if error is None else f"{text} ± {error:.1f}"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
