@@ -7,11 +7,13 @@
 Every step is one of the repository's own commands; --dry_run lists them with the time they take. A step that is done
 is not done again, neither for another table, so an interrupted reproduction goes on when the same command is given
 again. A run that fails stops no other. At the end stand OUTPUT_DIR/SCALE/NAME/table.md, result.json and, where the
-paper has a figure or the table asks for one, figure.json, figure.png and figure.svg; the table is printed and its path
-comes last. --publish writes the same files into a second folder, if nothing failed.
+paper has a figure or the table asks for one, figure.json, figure.png and figure.svg; of the grid runs.jsonl too, a
+line for each run. The table is printed and its path comes last. --publish writes the same files into a second folder,
+if nothing failed.
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -106,6 +108,9 @@ def write(plan, failed: list[str], folder: Path, arguments: argparse.Namespace) 
 
     result = collect(plan, failed)
     write_json(folder / "result.json", result)
+    if result["lines"]:
+        with atomic_file(folder / "runs.jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in result["lines"])
     table = markdown(result, command_of(plan.name, arguments))
     figure = figure_of(plan, result)
     if figure:

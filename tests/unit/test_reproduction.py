@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from utils.evaluation.reproduction import Changes, Plan, Run, Step, make_plan, run_plan, run_step, unique_steps
+from utils.evaluation.plots import save_figure
+from utils.evaluation.reproduction import Changes, Plan, Run, Step, make_plan, run_plan, run_step, unique_steps, varied
 from utils.evaluation.results_table import collect, figure_of, markdown
 from utils.io.errors import UserError
 from utils.pipeline.arguments import RECIPES
@@ -23,7 +24,7 @@ def plan_of(name, scale, tmp_path, **options):
 
 
 def test_every_table_and_figure_has_a_config_and_a_script(repository):
-    expected = {f"table{n}" for n in (2, 3, 5, 6, 7, 8)} | {f"figure{n}" for n in range(2, 9)}
+    expected = {f"table{n}" for n in (2, 3, 5, 6, 7, 8)} | {f"figure{n}" for n in range(2, 9)} | {"grid"}
     assert set(NAMES) == expected
     assert {path.stem for path in (repository / "scripts/reproduce").glob("*.sh")} == expected | {"all"}
 
@@ -33,7 +34,7 @@ def test_every_table_and_figure_has_a_config_and_a_script(repository):
 def test_every_run_is_planned_or_named_as_left_out(name, scale, tmp_path):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     plan = plan_of(name, scale, tmp_path)
-    names = [run["name"] for run in config["runs"]]
+    names = [run["name"] for entry in config["runs"] for run in varied(entry)]
     assert [run.name for run in plan.runs] + list(plan.left_out) == sorted(
         names, key=lambda run: (run in plan.left_out, names.index(run))
     )
@@ -41,7 +42,7 @@ def test_every_run_is_planned_or_named_as_left_out(name, scale, tmp_path):
     for run in plan.runs:
         kinds = [step.kind for step in run.steps]
         assert kinds[:2] == ["data", "build"] or (not kinds and run.entry["paper_only"])
-        assert kinds[3:] == (config["measure"] if kinds else [])
+        assert kinds[3:] == (run.entry.get("measure", config["measure"]) if kinds else [])
         for step in run.steps:
             if step.kind == "train":
                 assert step.environment["OUTPUT_DIR"] == str(run.folder / "checkpoint")
@@ -318,3 +319,33 @@ def test_figures_of_layers_and_series(tmp_path):
         ("dropped", [0.125, 0.25, 0.5]),
     ]
     assert value["dense"] == 1.5
+
+
+def test_a_grid_has_a_run_for_each_choice(tmp_path):
+    plan = plan_of("grid", "small", tmp_path)
+    assert len({run.folder for run in plan.runs}) == len(plan.runs)
+    by_name = {run.name: run for run in plan.runs}
+    train = by_name["routed granularity=attn_token target_capacity=0.9 seed=2"].steps[-1]
+    wanted = {"GRANULARITY": "attn_token", "TARGET_CAPACITY": "0.9", "SEED": "2"}
+    assert wanted.items() <= train.environment.items()
+    assert "published_corner learning_rate=1e-5 gradient_scale=0" in by_name
+    # tables and the grid share runs
+    table = plan_of("table2", "small", tmp_path, only=["attn_token"])
+    assert table.runs[0].folder == by_name["routed granularity=attn_token target_capacity=0.5"].folder
+
+
+def test_a_grid_compares_its_runs_and_writes_them_line_by_line(tmp_path):
+    names = ["routed granularity=attn_token target_capacity=0.75", "cosine target_capacity=0.75", "task_loss"]
+    plan = plan_of("grid", "small", tmp_path, only=names)
+    for run, loss in zip(plan.runs, (1.6, 2.0, 1.8), strict=True):
+        write_files(run.folder, loss=loss, piqa=0.6, seconds=1.0)
+    result = collect(plan)
+    assert [line["loss_increase"] for line in result["lines"]] == pytest.approx([0.1, 0.5, 0.3])
+    table = markdown(result, "the command")
+    assert (
+        "| `attn_token` | routed | --distillation_weight 0 | 0.75 | 1 | 0.500 | +0.300 | 0.60 | 60.0 | -10.0 |" in table
+    )
+    assert "| `attn_token` | routed |  | 0.75 | 1 | 0.500 | +0.100 | 0.20 | 60.0 | -10.0 |" in table
+    kind, value = figure_of(plan, result)
+    save_figure(kind, value, tmp_path / "figure")
+    assert [panel["y_label"] for panel in value["panels"]] == ["loss above dense", "average (%)"]

@@ -8,6 +8,7 @@ benchmark. Nothing is kept in memory between steps: what `results_table.py` show
 """
 
 import hashlib
+import itertools
 import json
 import shlex
 import subprocess
@@ -190,6 +191,7 @@ def make_plan(
     config = yaml.safe_load((configs / f"{name}.yaml").read_text(encoding="utf-8"))
     scales = yaml.safe_load((configs / "scales.yaml").read_text(encoding="utf-8"))
     scale = scales[scale_name]
+    config["runs"] = [run for entry in config["runs"] for run in varied(entry)]
     names = [run["name"] for run in config["runs"]]
     for run in only:
         if run not in names:
@@ -207,6 +209,18 @@ def make_plan(
         left_out=tuple(run for run in names if run not in {run["name"] for run in chosen}),
         folder=output_dir / scale_name / name,
     )
+
+
+def varied(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the runs that an entry of a table's file stands for: one for each choice of the fields that it varies."""
+    vary = entry.get("vary", {})
+    runs = []
+    for values in itertools.product(*vary.values()):
+        chosen = dict(zip(vary, values, strict=True))
+        environment = entry.get("environment", {}) | chosen
+        name = " ".join([entry["name"], *(f"{field.lower()}={value}" for field, value in chosen.items())])
+        runs.append(entry | {"name": name, "environment": environment, "kind": entry["name"], "settings": chosen})
+    return runs
 
 
 def unique_steps(plans: Sequence[Plan]) -> list[Step]:
@@ -322,7 +336,7 @@ def _run_of(
     evaluate += [] if changes.data_dir is None else ["--data_dir", str(changes.data_dir)]
     benchmark = [str(a) for a in scale["benchmark_arguments"]] + changes.of_type
     for kind, given in (("evaluate", evaluate), ("benchmark", benchmark)):
-        if kind in config["measure"]:
+        if kind in run.get("measure", config["measure"]):
             output = folder / {"evaluate": "evaluation.json", "benchmark": "benchmark.json"}[kind]
             command = ["bash", f"scripts/{kind}.sh", str(checkpoint), "--output", str(output), *given]
             steps.append(Step(kind, tuple(command), output, minutes[kind]))

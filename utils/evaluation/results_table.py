@@ -14,8 +14,9 @@ from typing import Any
 
 from utils.model.lora import holds_adapter
 
-from .plots import LABELS, read_figure
-from .reproduction import Plan
+from .comparison import best_of, comparison_table, summarize
+from .plots import LABELS, pareto_of, read_figure
+from .reproduction import Plan, Run
 
 
 def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
@@ -35,11 +36,13 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
         measured |= {"dense": base["average"]} if "average" in base else {}
         dense = base | dense
         rows.append({"name": run.name, "ours": measured, "paper": run.entry.get("paper", {}), "x": run.entry.get("x")})
+    compared = plan.config.get("compare", False)
     return {
         "title": plan.config["title"],
         "scale": plan.description,
         "metrics": plan.config["metrics"],
         "rows": rows,
+        "lines": [line for run in plan.runs if (line := _line(run))] if compared else [],
         "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
         "paper_only": [run.name for run in plan.runs if run.entry.get("paper_only")],
         "left_out": list(plan.left_out),
@@ -60,9 +63,12 @@ def markdown(result: dict[str, Any], command: str) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     lines = [f"# {result['title']}", "", result["scale"], ""]
     lines += [f"Made by `{command}`; seed 233; {versions}; {result['machine']}.", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        lines.append("| " + " | ".join([row["name"], *(_cell(row[who], metric) for metric, who in columns)]) + " |")
+    if result["lines"]:
+        lines += comparison_table(summarize(result["lines"])).splitlines()
+    else:
+        lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for row in rows:
+            lines.append("| " + " | ".join([row["name"], *(_cell(row[who], metric) for metric, who in columns)]) + " |")
     if result["paper_only"]:
         lines += ["", f"The paper's number alone, as there is no code for it here: {', '.join(result['paper_only'])}."]
     if result["left_out"]:
@@ -74,6 +80,10 @@ def markdown(result: dict[str, Any], command: str) -> str:
 
 def figure_of(plan: Plan, result: dict[str, Any]) -> tuple[str, Any] | None:
     """Return kind and value of the plan's figure for `plots.save_figure`; None where it has none or lacks numbers."""
+    if result["lines"]:
+        records = best_of(summarize(result["lines"]))
+        measured = [y for y in ("loss_increase", "average") if any(y in record for record in records)]
+        return "pareto", {"panels": [pareto_of(records, "capacity", y) for y in measured]}
     wanted = plan.config.get("figure")
     if not wanted:
         return None
@@ -152,6 +162,28 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     if holds_adapter(folder / "checkpoint"):  # without its routing it is the adapted model, and not the dense base
         return {name: value for name, value in ours.items() if name != "loss_increase"}, {}
     return ours, dense
+
+
+def _line(run: Run) -> dict[str, Any] | None:
+    """Return a run as `comparison.py` takes it, with how it was made; None where it isn't done."""
+    ours, dense = _numbers(run.folder)
+    if "loss_increase" not in ours:
+        return None
+    fields, arguments = run.entry["environment"], run.entry.get("train_arguments", ())
+    shown = {field: value for field, value in fields.items() if field not in ("GRANULARITY", "TARGET_CAPACITY", "SEED")}
+    (made,) = (step for step in run.steps if step.kind in ("train", "baseline"))
+    return {
+        "name": run.name,
+        "kind": run.entry.get("baseline", "routed"),
+        "granularity": fields["GRANULARITY"],
+        "target": fields["TARGET_CAPACITY"],
+        "seed": fields.get("SEED", 233),
+        "settings": {"with": " ".join([*(f"{field}={value}" for field, value in shown.items()), *map(str, arguments)])},
+        **{name: ours.get(name) for name in ("capacity", "loss", "loss_increase", "average", "average_stderr")},
+        "average_dense": dense.get("average"),
+        "seconds": (_read(made.record) or {}).get("seconds"),
+        "command": made.text,
+    }
 
 
 def _generation_seconds(column: dict[str, Any]) -> float:
