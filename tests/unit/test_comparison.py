@@ -1,3 +1,5 @@
+"""Runs put together over seeds, and compared with static dropping at equal capacity."""
+
 import pytest
 
 from utils.evaluation.comparison import best_of, comparison_table, increase_at, static_curve, summarize
