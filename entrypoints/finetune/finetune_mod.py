@@ -150,7 +150,7 @@ def prepare_model(model_args, training_args, model_dir, settings):
     import torch
     from transformers.trainer_pt_utils import get_model_param_count
 
-    from utils.model.checkpoint import load_mod_model, load_routers
+    from utils.model.checkpoint import load_mod_model, load_routers, whole_parameters
     from utils.model.lora import add_lora
     from utils.pipeline.customized_trainer import freeze_backbone
 
@@ -161,6 +161,14 @@ def prepare_model(model_args, training_args, model_dir, settings):
     model = load_mod_model(
         model_dir, settings, dtype=getattr(torch, dtype), attn_implementation=model_args.attn_implementation
     )
+    weights = [router.weight for router in model.router_modules().values()]
+    with whole_parameters(weights):
+        from_zero = not any(weight.any() for weight in weights)
+    if training_args.capacity_control == "regression" and not from_zero:
+        raise UserError(
+            f"{model_dir} holds trained routers, and capacity_control regression makes new ones: start from one whose "
+            "routers are at zero, or take --capacity_control budget"
+        )
     if model_args.router_dir:
         load_routers(model, model_args.router_dir)
     if training_args.router_only:

@@ -6,11 +6,14 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import run
 from safetensors.torch import load_file
+
+from utils.io.errors import UserError
 
 ROUTERS = "routers.safetensors"
 RELOAD = """
@@ -143,6 +146,17 @@ def test_a_run_that_was_killed_goes_on_when_the_command_is_given_again(workplace
     assert "checkpoint-2" in result.stderr
     whole, resumed = load_file(trained[0] / ROUTERS), load_file(directory / ROUTERS)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def test_a_regression_does_not_take_the_place_of_trained_routers_unseen(trained):
+    from entrypoints.finetune.finetune_mod import prepare_model
+    from utils.model.checkpoint import make_settings, read_config
+
+    model_args = SimpleNamespace(dtype="float32", attn_implementation="sdpa", router_dir=None)
+    training_args = SimpleNamespace(capacity_control="regression", router_only=True, use_lora=False)
+    settings = make_settings(read_config(trained[0]))
+    with pytest.raises(UserError, match="holds trained routers, and capacity_control regression makes new ones"):
+        prepare_model(model_args, training_args, trained[0], settings)
 
 
 class TestMistakes:

@@ -137,7 +137,8 @@ def test_thresholds_of_layers_hold_for_the_same_routing_only():
     mod = MoDSettings("attn_token", (3, 4), threshold=(0.4, 0.6)).to_dict()
     config = {"model_type": "mod_llama", "num_hidden_layers": 6, "hidden_size": 32, "mod": mod}
     assert make_settings(config, mod_n=2, granularity="attn_token").threshold == (0.4, 0.6)
-    assert make_settings(config, mod_n=3).threshold == 0.5
+    assert make_settings(config, mod_n=3).threshold == (0.5, 0.4, 0.6)
+    assert make_settings(config, mod_n=1).threshold == (0.6,)
     assert make_settings(config, granularity="mlp_token").threshold == 0.5
 
 

@@ -524,3 +524,46 @@ def test_the_prompt_alone_decides_where_it_is_asked_to(base_dir, tmp_path, execu
         alone = trainer.model(batch["input_ids"][row : row + 1, :prompt], execution=execution).router_scores
         torch.testing.assert_close(decided[0, row], alone[0, 0])  # later layers read what the whole row made of it
     assert deciding["token_mask"].sum() < batch["attention_mask"].sum()
+
+
+class TestRouterInit:
+    """Layers that change the residual stream least start nearest to skipping."""
+
+    @staticmethod
+    def started(base_dir, tmp_path, **arguments):
+        trainer = make_trainer(base_dir, tmp_path, routers_seed=None, max_steps=1, **arguments)
+        with torch.no_grad():
+            trainer.model.model.layers[LAYERS[1]].self_attn.o_proj.weight.zero_()  # changes nothing
+        trainer.begin_control()
+        return trainer
+
+    def test_the_budget_keeps_as_much_as_from_zero_at_the_start(self, base_dir, tmp_path):
+        kept = {}
+        for start in ("zero", "importance"):
+            trainer = self.started(base_dir, tmp_path, capacity_control="budget", router_init=start)
+            kept[start] = torch.sigmoid(trainer.capacity_control.intercepts.detach())
+            assert kept[start].mean() == pytest.approx(0.95, abs=1e-5)
+        assert kept["zero"].std() == 0
+        assert kept["importance"].argmin() == 1
+
+    def test_the_hinge_starts_with_everything_kept(self, base_dir, tmp_path):
+        trainer = self.started(base_dir, tmp_path, router_init="importance")
+        thresholds = trainer.model.config.mod_settings.threshold
+        assert thresholds[1] == max(thresholds) == 0.5
+        assert min(thresholds) < 0.4
+        trainer.train()
+        assert logged(trainer)[0]["capacity"] == 1.0
+
+    def test_a_run_from_trained_routers_says_that_it_has_no_effect(self, base_dir, tmp_path, caplog):
+        trainer = make_trainer(base_dir, tmp_path, router_init="importance")
+        trainer.begin_control()
+        assert "router_init importance has no effect" in caplog.text
+        assert trainer.model.config.mod_settings.threshold == 0.5
+
+    def test_regression_has_no_start_and_experts_none_yet(self, base_dir, tmp_path):
+        trainer = make_trainer(
+            base_dir, tmp_path, capacity_control="regression", distillation_weight=1.0, router_init="importance"
+        )
+        assert "router_init" in trainer.args.without_effect()
+        with pytest.raises(UserError, match="router_init importance is for attention"):
+            trainer.args.suit_model(16, "expert_token")

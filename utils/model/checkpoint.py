@@ -133,11 +133,11 @@ def make_settings(
             "base_model": base_model,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        if isinstance(settings.threshold, tuple) and any(
-            given.get(name, value) != value
-            for name, value in (("layers", settings.layers), ("granularity", settings.granularity))
-        ):
-            given.setdefault("threshold", 0.5)  # those of single routers hold for no others
+        if isinstance(settings.threshold, tuple):  # those of single routers hold for no others
+            same = given.get("granularity", settings.granularity) == settings.granularity
+            known = dict(zip(settings.layers, settings.threshold, strict=True)) if same else {}
+            layers = given.get("layers", settings.layers)
+            given.setdefault("threshold", tuple(known.get(layer, 0.5) for layer in layers) if known else 0.5)
         settings = replace(settings, **given)
         if settings.granularity == EXPERT_GRANULARITY:
             _config_object(config, settings)  # knows which layers have experts

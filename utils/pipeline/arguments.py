@@ -169,6 +169,14 @@ class RouterTrainingArguments(TrainingArguments):
             "(those before the first supervised one: what generation sees)."
         },
     )
+    router_init: str = field(
+        default="zero",
+        metadata={
+            "help": "Where routers start. zero (published): all layers alike. importance: the less a layer changes the "
+            "residual stream (cosine similarity), the nearer its start to skipping; without effect on regression, "
+            "which has no start."
+        },
+    )
     gradient_scale: float | None = field(
         default=None,
         metadata={
@@ -302,7 +310,8 @@ class RouterTrainingArguments(TrainingArguments):
             self.distillation_weight = 0.0  # the teacher would be the backbone that trains
         optional = {*RECIPES[self.recipe], "learning_rate", "warmup_steps"}
         self._given = {name for name in optional if getattr(self, name) is not None}
-        self._given |= {name for name in ("weight_decay", "regression_rows") if getattr(self, name) != _default(name)}
+        changed = ("weight_decay", "regression_rows", "router_init")
+        self._given |= {name for name in changed if getattr(self, name) != _default(name)}
         for name, value in RECIPES[self.recipe].items():
             of_routers = name == "learning_rate" and (self.use_lora or not self.router_only)
             field_name = "router_learning_rate" if of_routers else name
@@ -329,6 +338,8 @@ class RouterTrainingArguments(TrainingArguments):
         control = self.capacity_control
         if experts and "calibration_rows" not in self._given:
             self.calibration_rows = 0
+        if experts and self.router_init != "zero":
+            raise UserError(f"router_init {self.router_init} is for attention, MLP and block, not for {granularity}")
         if experts and (control != "hinge" or self.calibration_rows):
             raise UserError(f"{granularity} takes capacity_control hinge and calibration_rows 0")
         if control == "regression" and not (granularity.endswith("_sequence") and frozen):
@@ -348,7 +359,8 @@ class RouterTrainingArguments(TrainingArguments):
         """Return the names of arguments that were given and change nothing under the control; after `suit_model`."""
         control = self.capacity_control
         idle = () if control == "hinge" else ("gradient_scale", "capacity_scope")
-        idle += ("learning_rate", "warmup_steps", "weight_decay") if control == "regression" else ("regression_rows",)
+        of_steps = ("learning_rate", "warmup_steps", "weight_decay", "router_init")
+        idle += of_steps if control == "regression" else ("regression_rows",)
         return [name for name in idle if name in self._given]
 
     def _check(self) -> None:
@@ -362,6 +374,7 @@ class RouterTrainingArguments(TrainingArguments):
         if self.calibration_rows < 0:
             raise UserError(f"calibration_rows {self.calibration_rows} must not be negative")
         _choice("capacity_scope", self.capacity_scope, ("layer", "global"))
+        _choice("router_init", self.router_init, ("zero", "importance"))
         _choice("sequence_pooling", self.sequence_pooling, ("all", "prompt"))
         if not (math.isfinite(self.gradient_scale) and self.gradient_scale >= 0.0):
             raise UserError(f"gradient_scale {self.gradient_scale} must be a number that is not negative")

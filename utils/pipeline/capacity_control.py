@@ -63,17 +63,24 @@ class BudgetControl:
         self.means: torch.Tensor | None = None  # [layers, hidden_size]
 
     @torch.no_grad()
-    def begin(self, moments: Mapping[int, tuple[torch.Tensor, torch.Tensor]], threshold_of: Callable) -> None:
+    def begin(
+        self,
+        moments: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+        threshold_of: Callable,
+        margins: Mapping[int, float] | None = None,
+    ) -> None:
         """Start from the routers and thresholds as they are; routers at zero start by keeping nearly everything.
 
         Args:
             moments: layer index -> mean and standard deviation of the router's inputs, float32 [hidden_size].
             threshold_of: layer index -> threshold.
+            margins: layer index -> how far above the others a router at zero starts, in logits; None for all alike.
         """
         device = next(iter(self.routers.values())).weight.device
         self.means = torch.stack([moments[layer][0] for layer in self.routers]).to(device)
         self.scales = torch.stack([moments[layer][1].mean() for layer in self.routers]).clamp(min=1e-6).to(device)
-        intercepts = torch.full_like(self.scales, _logit(START))
+        margins = dict.fromkeys(self.routers, 0.0) if margins is None else margins
+        intercepts = _around_start([margins[layer] for layer in self.routers]).to(self.scales)
         for place, (layer, router) in enumerate(self.routers.items()):
             if router.weight.any():
                 centre = float(router(self.means[place])) - _logit(threshold_of(layer))
@@ -264,6 +271,16 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
         values = (values ^ (values >> shift)) * factor
     values = values & 0xFFFFFFFF
     return values ^ (values >> 16)
+
+
+def _around_start(margins: list[float]) -> torch.Tensor:
+    """Return the margins plus what makes their mean probability `START`, float64 [layers]."""
+    margins = torch.tensor(margins, dtype=torch.float64)
+    low, high = _logit(START) - margins.max(), _logit(START) - margins.min()
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if torch.sigmoid(margins + middle).mean() > START else (middle, high)
+    return margins + middle
 
 
 def _logit(probability: float) -> float:

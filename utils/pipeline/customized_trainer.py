@@ -20,6 +20,7 @@ from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
 from .calibration import calibrate, fold
 from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
+from .importance import starting_margins
 from .losses import capacity_hinge, executed_inputs, next_token_nll
 from .metrics import RoutingMeter
 from .processes import Termination
@@ -77,7 +78,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
                 self._check_one_epoch()
             make = {"budget": BudgetControl, "regression": RegressionControl}[self.args.capacity_control]
             self.capacity_control = make(self.model.router_modules(), self.args.target_capacity)
-            self.add_callback(_ControlSteps(self))
+        self.add_callback(_ControlSteps(self))
         self._teacher = (
             DenseTeacher(self.model, share_prefix=not self._zero3) if self.args.distillation_weight else None
         )
@@ -209,15 +210,31 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             yield decided_on | self._deciding_tokens(batch)
 
     def begin_control(self) -> None:
-        """Let a budget start from the routers as they are, unless it goes on from a checkpoint."""
-        if isinstance(self.capacity_control, BudgetControl) and self.capacity_control.means is None:
-            rows = self.train_dataset
-            first = [rows[row] for row in range(min(MOMENT_ROWS, len(rows)))]
-            moments = router_moments(self.model, self._router_batches(first, self.args.per_device_eval_batch_size))
-            self.capacity_control.begin(moments, self.model.config.mod_settings.threshold_of)
+        """Let budget and hinge start from the routers as they are, unless they go on from a checkpoint."""
+        budget = isinstance(self.capacity_control, BudgetControl)
+        by_importance = self.args.router_init == "importance" and not isinstance(
+            self.capacity_control, RegressionControl
+        )
+        if self.state.global_step or not (budget or by_importance):
+            return
+        rows, margins = self.train_dataset, None
+        first = [rows[row] for row in range(min(MOMENT_ROWS, len(rows)))]
+        batches = list(self._router_batches(first, self.args.per_device_eval_batch_size))
+        if by_importance and any(weight.any() for weight in self.router_state().values()):
+            logger.warning("router_init importance has no effect: the routers do not start at zero")
+        elif by_importance:
+            margins = starting_margins(self.model, batches)
+        if budget:
+            moments = router_moments(self.model, batches)
+            self.capacity_control.begin(moments, self.model.config.mod_settings.threshold_of, margins)
+        elif margins is not None:
+            lowest = min(margins.values())  # starts on its threshold, the others above theirs
+            set_thresholds(self.model, [_threshold(lowest - margin) for margin in margins.values()])
 
     def step_control(self) -> None:
         """Close an accumulation window."""
+        if self.capacity_control is None:
+            return
         rate = self.lr_scheduler.get_last_lr()[0] / (self.args.learning_rate or 1.0)
         summed = float(self._window_tokens) / self.accelerator.num_processes
         self.capacity_control.step(self.state.global_step / self.state.max_steps, rate, self.accelerator, summed)
@@ -229,8 +246,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             calibration_rows: tokenized rows that were not trained on; with none of them nothing is calibrated.
         """
         settings, routers = self.model.config.mod_settings, self.model.router_modules()
+        show = self.is_world_process_zero() and not self.args.disable_tqdm
         if isinstance(self.capacity_control, RegressionControl):
-            weights, cuts = self.capacity_control.solve()
+            weights, cuts = self.capacity_control.solve(progress=show)
             for layer, weight in weights.items():
                 self.set_router(routers[layer], weight)
         elif self.capacity_control is not None:
@@ -243,7 +261,6 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         settled = {layer: cut for layer, (cut, _) in cuts.items()}
         if len(calibration_rows):
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
-            show = self.is_world_process_zero() and not self.args.disable_tqdm
             settled, share = calibrate(self.model, batches, cuts, self.args.target_capacity, progress=show)
             logger.info("calibrated on %d rows: they execute %.3f of their inputs", len(calibration_rows), share)
         thresholds, factors = fold(settled)

@@ -63,6 +63,26 @@ def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, f
     return {layer: total / tokens for layer, total in sums.items()}
 
 
+def starting_margins(model: nn.Module, batches: Iterable[Batch]) -> dict[int, float]:
+    """Return layer index -> how far above the others its routers start, in logits, mean 0 and standard deviation 1.
+
+    The more a layer's branch changes the residual stream (1 less `branch_similarity`), the higher.
+
+    Args:
+        model: a routed model; it runs densely.
+        batches: text.
+    """
+    training = model.training
+    model.eval()
+    try:
+        similarity = branch_similarity(model, batches)
+    finally:
+        model.train(training)
+    values = torch.tensor([1.0 - value for value in similarity.values()], dtype=torch.float64)
+    margins = (values - values.mean()) / values.std(correction=0).clamp(min=1e-9)
+    return dict(zip(similarity, margins.tolist(), strict=True))
+
+
 @torch.no_grad()
 def loss_without(model: nn.Module, batches: Iterable[Batch], dropped: Collection[int]) -> float:
     """Return the mean loss over supervised tokens where the layers `dropped` skip every input."""

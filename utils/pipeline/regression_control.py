@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from utils.model.routing_mod import Decision, MoDRouter
 
@@ -86,10 +87,15 @@ class RegressionControl:
         rows, there = (accelerator.gather(accelerator.pad_across_processes(values)) for values in parts)
         self.rows.append(rows[there > 0].cpu())
 
-    def solve(self) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]]]:
-        """Return layer index -> router weight, float32 [1, hidden_size], and layer index -> cut and its unit."""
+    def solve(self, progress: bool = False) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]]]:
+        """Return layer index -> router weight, float32 [1, hidden_size], and layer index -> cut and its unit.
+
+        Args:
+            progress: show a bar.
+        """
         rows = torch.cat(self.rows).double()
-        fits = [ridge(rows[:, place, :-1], rows[:, place, -1]) for place in range(len(self.routers))]
+        places = tqdm(range(len(self.routers)), desc="fitting routers", unit="layer", disable=not progress)
+        fits = [ridge(rows[:, place, :-1], rows[:, place, -1]) for place in places]
         price = float(torch.cat([left_out for *_, left_out in fits]).quantile(1 - self.target))
         weights = {layer: fit[0].float()[None] for layer, fit in zip(self.routers, fits, strict=True)}
         cuts = {layer: (price - fit[1], 1.0) for layer, fit in zip(self.routers, fits, strict=True)}
