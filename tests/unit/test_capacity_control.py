@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from model_zoo import LAYERS as MODEL_LAYERS
+from model_zoo import make_pair, randomize_routers
 
+from utils.io.errors import UserError
 from utils.model.routing_mod import Decision, MoDRouter
-from utils.pipeline.calibration import LARGEST_CUT, calibrate, fold
+from utils.pipeline.calibration import LARGEST_CUT, calibrate, fold, settle, settled_cuts
 from utils.pipeline.capacity_control import BudgetControl, row_keys, uniform
 from utils.pipeline.losses import capacity_hinge
 from utils.pipeline.regression_control import RegressionControl, ridge
@@ -247,3 +250,31 @@ class TestRegression:
         costs = costs[:, 0] + 3
         *_, left_out = ridge(inputs, costs)
         assert ((left_out - costs) ** 2).mean() < 1.1 * costs.var()
+
+
+class TestSettledCuts:
+    """What a checkpoint's thresholds say, in units in which its layers compare."""
+
+    @staticmethod
+    def settled(cuts, scales):
+        _, model = make_pair("llama", "attn_sequence")
+        randomize_routers(model)
+        return model, settle(model, cuts, scales)
+
+    def test_cuts_and_units_come_back_in_the_logits_of_the_routers_as_they_are(self):
+        cuts, scales = dict(zip(MODEL_LAYERS, (-0.5, 8.0, 1.0), strict=True)), dict.fromkeys(MODEL_LAYERS, 3.0)
+        model, units = self.settled(cuts, scales)
+        middle = MODEL_LAYERS[1]
+        assert units == {layer: 1.5 if layer == middle else 3.0 for layer in MODEL_LAYERS}
+        for layer, (cut, unit) in settled_cuts(model, units).items():
+            assert cut / unit == pytest.approx(cuts[layer] / scales[layer])
+
+    def test_without_units_they_are_1_only_where_that_is_known(self):
+        model, _ = self.settled(dict.fromkeys(MODEL_LAYERS, 0.5), dict.fromkeys(MODEL_LAYERS, 1.0))
+        assert {unit for _, unit in settled_cuts(model, None, "regression").values()} == {1.0}
+        for control in ("budget", None):
+            with pytest.raises(UserError, match="so they need not be 1"):
+                settled_cuts(model, None, control)
+        scaled, _ = self.settled(dict.fromkeys(MODEL_LAYERS, 5.0), dict.fromkeys(MODEL_LAYERS, 1.0))
+        with pytest.raises(UserError, match="routers were scaled"):
+            settled_cuts(scaled, None, "regression")
