@@ -6,6 +6,7 @@
 For each batch size and length the rows that fill it best are taken, and measured in turn:
 
     ours             the trainer's step with the hinge: forward and backward, without teacher and optimizer
+    default recipe   the trainer's step by the default recipe: with capacity control and dense teacher
     straightforward  the same losses with gradients from the embeddings on, and logits of every token
     forward          hidden states alone, without gradient
     suffix           forward, losses and backward from the input of the first routed layer on; what it takes beyond its
@@ -48,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--grid", type=cell, nargs="+", default=[(4, 256), (8, 256)], metavar="BATCHxLENGTH", help="(4x256 8x256)"
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the backbone (bfloat16 on a GPU)")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats of everything (5)")
     parser.add_argument("--threads", type=int, help="threads of a CPU (torch's default)")
     parser.add_argument("--output", type=Path, help="JSON file (outputs/benchmark/step-NAME-TIME.json)")
@@ -81,8 +83,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     on_gpu = torch.cuda.is_available()
+    dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
     tokenizer = load_tokenizer(arguments.checkpoint)
-    model = load_mod_model(arguments.checkpoint, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    model = load_mod_model(arguments.checkpoint, dtype=getattr(torch, dtype))
     freeze_backbone(model.to("cuda" if on_gpu else "cpu"))
     collate = SupervisedBatches(SupervisedCollator.for_tokenizer(tokenizer))
 

@@ -16,6 +16,9 @@ from utils.model.routing_mod import Routing
 
 from .losses import ROWS_OF_LOGITS
 
+ROWS_IN_CACHE = 16
+"""Rows of logits that a CPU turns into a gradient at once: 3 MB at SmolLM2's vocabulary, in float32."""
+
 
 class DenseTeacher:
     """Gives the dense model's last hidden states for a batch that the routed model has just run on.
@@ -85,7 +88,7 @@ def distilled_nll(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `(1 - weight) nll + weight KL`, and without gradient `nll` and `KL`, all sums, float32 [].
 
-    In the memory of `ROWS_OF_LOGITS` rows of both models' logits, as `next_token_nll`.
+    In the memory of `ROWS_OF_LOGITS` rows of logits, half of them the teacher's, as `next_token_nll`.
 
     Args:
         states: [positions, hidden_size], the last hidden states that predict the targets.
@@ -109,22 +112,20 @@ class _DistilledNLL(torch.autograd.Function):
         nll, divergence = torch.zeros(2, dtype=torch.float32, device=states.device).unbind()
         states_grad = torch.empty_like(states)
         table_grad = torch.zeros_like(table, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(states), ROWS_OF_LOGITS):
-            rows = slice(start, start + ROWS_OF_LOGITS)
-            counted = (targets[rows] != -100).unsqueeze(-1)  # [rows, 1]
-            index = targets[rows].clamp(min=0).unsqueeze(-1)
-            log_q = nn.functional.linear(states[rows], table).float().log_softmax(-1)  # [rows, vocabulary]
-            log_p = nn.functional.linear(teacher[rows], table).float().log_softmax(-1)
-            nll = nll - torch.where(counted, log_q.gather(-1, index), 0.0).sum()
-            p = log_p.exp()
-            divergence = divergence + torch.where(counted, (p * (log_p - log_q)).sum(dim=-1, keepdim=True), 0.0).sum()
-            # d nll / d logits = q - onehot, d KL / d logits = q - p
-            gradient = log_q.exp_().sub_(p, alpha=weight)
-            gradient.scatter_add_(-1, index, torch.full_like(index, weight - 1, dtype=gradient.dtype))
-            gradient = torch.where(counted, gradient, 0.0).to(table.dtype)
-            torch.mm(gradient, table, out=states_grad[rows])
+        each = max(1, ROWS_OF_LOGITS // 2)
+        logits = states.new_empty(2 * min(each, len(states)), len(table))  # the student's, below them the teacher's
+        for start in range(0, len(states), each):
+            rows = slice(start, start + each)
+            count = len(targets[rows])
+            torch.mm(torch.cat([states[rows], teacher[rows]]), table.T, out=logits[: 2 * count])
+            student, dense = logits[:count], logits[count : 2 * count]
+            size = ROWS_IN_CACHE if logits.device.type == "cpu" else count
+            for part in zip(*(values.split(size) for values in (student, dense, targets[rows])), strict=True):
+                sums = _logits_to_gradient(*part, weight)
+                nll, divergence = nll + sums[0], divergence + sums[1]
+            torch.mm(student, table, out=states_grad[rows])
             if table_grad is not None:
-                table_grad += gradient.T @ states[rows]
+                table_grad += student.T @ states[rows]
         ctx.save_for_backward(states_grad, None if table_grad is None else table_grad.to(table.dtype))
         ctx.mark_non_differentiable(nll, divergence)
         return (1 - weight) * nll + weight * divergence, nll, divergence
@@ -133,3 +134,26 @@ class _DistilledNLL(torch.autograd.Function):
     def backward(ctx, grad_output, *_):
         grads = [None if grad is None else grad * grad_output for grad in ctx.saved_tensors]
         return *grads, None, None, None
+
+
+def _logits_to_gradient(
+    student: torch.Tensor, dense: torch.Tensor, targets: torch.Tensor, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the loss's gradient with respect to the student's logits in their place; return the sums of nll and KL.
+
+    Args:
+        student, dense: logits [rows, vocabulary]; the first is written to.
+        targets: int64 [rows].
+        weight: of the divergence.
+    """
+    counted = (targets != -100).unsqueeze(-1)  # [rows, 1]
+    index = targets.clamp(min=0).unsqueeze(-1)
+    log_q, log_p = student.float().log_softmax(-1), dense.float().log_softmax(-1)
+    nll = -torch.where(counted, log_q.gather(-1, index), 0.0).sum()
+    p = log_p.exp()
+    divergence = torch.linalg.vecdot(p, log_p.sub_(log_q)).unsqueeze(-1)
+    # d nll / d logits = q - onehot, d KL / d logits = q - p
+    gradient = log_q.exp_().sub_(p, alpha=weight)
+    gradient.scatter_add_(-1, index, torch.full_like(index, weight - 1, dtype=gradient.dtype))
+    student.copy_(gradient.masked_fill_(~counted, 0.0))
+    return nll, torch.where(counted, divergence, 0.0).sum()

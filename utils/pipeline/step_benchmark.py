@@ -1,7 +1,7 @@
 """What a router-tuning step costs, beside the straightforward way and beside the sum of its parts.
 
 The measured step is the trainer's forward, losses and backward with the hinge and without distillation, called without
-the Trainer around it.
+the Trainer around it; beside it stands the default recipe's, with the capacity control and the dense teacher.
 """
 
 import statistics
@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from .capacity_control import FORWARD_INPUTS, BudgetControl, router_moments
+from .distillation import DenseTeacher, distilled_nll
 from .losses import capacity_hinge, executed_inputs, next_token_nll
+from .regression_control import RegressionControl
 
 TARGET_CAPACITY, GRADIENT_SCALE = 0.5, 0.3
 
@@ -36,11 +39,14 @@ class StepBenchmark:
         self.first = min(model.router_modules())
         self.steps: dict[str, Callable[[], Any]] = {
             "ours": self.ours,
+            "default_recipe": self.default_recipe,
             "straightforward": self.straightforward,
             "forward": self.forward,
             "suffix_forward": self.suffix_forward,
             "suffix": self.suffix,
         }
+        self._teacher = DenseTeacher(model)
+        self._budget = self._make_budget() if model.config.mod_settings.level == "token" else None
         self._suffix_input = self._capture_suffix_input()
 
     def ours(self) -> torch.Tensor:
@@ -48,6 +54,33 @@ class StepBenchmark:
         loss = self._loss(self._states())
         loss.backward()
         return loss.detach()
+
+    def default_recipe(self) -> torch.Tensor:
+        """Return the loss after a step of the default recipe, but for the steering between steps."""
+        mask, control = self.batch["attention_mask"], self._budget
+        if self.model.config.mod_settings.level == "sequence":
+            control = RegressionControl(self.model.router_modules(), TARGET_CAPACITY)
+        rule = control.rule(self.batch["input_ids"], mask) if control is not None else None
+        outputs = self._states(rule)
+        teacher = self._teacher.states(self.batch["input_ids"], self.batch["positions"])
+        head, targets = self.model.get_output_embeddings(), self.batch["targets"]
+        loss = distilled_nll(outputs.states, teacher, head, targets, 1.0)[0] / len(targets)
+        if control is None:
+            loss = loss + self._capacity_loss(outputs.router_gates)
+        else:
+            executed, inputs = executed_inputs(outputs.router_scores, mask)
+            loss = loss + control.loss(executed.mean(dim=0).sum() / inputs.sum())
+        loss.backward()
+        return loss.detach()
+
+    def _make_budget(self) -> BudgetControl | None:
+        settings = self.model.config.mod_settings
+        if settings.target == "expert":
+            return None
+        control = BudgetControl(self.model.router_modules(), TARGET_CAPACITY)
+        batch = {name: self.batch[name] for name in FORWARD_INPUTS if name in self.batch}
+        control.begin(router_moments(self.model, [batch]), settings.threshold_of)
+        return control
 
     def straightforward(self) -> torch.Tensor:
         """Return the loss after a step with gradients from the embeddings on, and logits of every token."""
@@ -124,8 +157,9 @@ class StepBenchmark:
             forward + both - alone
             for forward, both, alone in zip(times["forward"], times["suffix"], times["suffix_forward"], strict=True)
         ]
-        memory = {name: peak_memory(self.device, self.steps[name]) for name in ("ours", "straightforward")}
-        ours, other = times["ours"], times["straightforward"]
+        measured = ("ours", "default_recipe", "straightforward")
+        memory = {name: peak_memory(self.device, self.steps[name]) for name in measured}
+        ours, other, default = times["ours"], times["straightforward"], times["default_recipe"]
         return {
             "tokens": self.batch["input_ids"].numel(),
             "supervised": len(self.batch["targets"]),
@@ -134,6 +168,7 @@ class StepBenchmark:
             "peak_bytes": memory,
             "ratios": {
                 "step_to_straightforward": statistics.median(a / b for a, b in zip(ours, other, strict=True)),
+                "default_recipe_to_step": statistics.median(a / b for a, b in zip(default, ours, strict=True)),
                 "step_to_sum_of_parts": statistics.median(a / b for a, b in zip(ours, parts, strict=True)),
                 "memory_to_straightforward": memory["ours"] / memory["straightforward"],
             },
@@ -146,18 +181,21 @@ class StepBenchmark:
             [
                 f"{cell['tokens']} tokens, {cell['supervised']} of them supervised",
                 f"step             {seconds['ours']:8.3f} s   {memory['ours'] / 2**20:8.0f} MiB",
+                f"default recipe   {seconds['default_recipe']:8.3f} s   {memory['default_recipe'] / 2**20:8.0f} MiB"
+                f"   ratio {ratios['default_recipe_to_step']:.3f}",
                 f"straightforward  {seconds['straightforward']:8.3f} s   {memory['straightforward'] / 2**20:8.0f} MiB"
                 f"   ratios {ratios['step_to_straightforward']:.3f} and {ratios['memory_to_straightforward']:.3f}",
                 f"sum of parts     {cell['sum_of_parts']:8.3f} s   ratio {ratios['step_to_sum_of_parts']:.3f}",
             ]
         )
 
-    def _states(self):
+    def _states(self, rule=None):
         mask = self.batch.get("attention_mask")
         return self.model(
             input_ids=self.batch["input_ids"],
             token_mask=None if mask is None else mask.bool(),
             states_at=self.batch["positions"],
+            gate_rule=rule,
             use_cache=False,
         )
 
