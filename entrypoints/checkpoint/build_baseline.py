@@ -3,6 +3,9 @@
 
 cosine, greedy: static Layer Drop; as many routed layers as the capacity asks for skip everything.
 random: routers that do not know what they read, at the same capacity.
+dlo: routers that predict where a layer leaves the residual stream alike, the label that DLO trains on.
+skip_transformer: routers trained by the task's loss with gates that scale the branch.
+The last two are ideas of these methods for linear routers on a frozen model (utils/pipeline/trained_baselines.py).
 """
 
 import argparse
@@ -14,21 +17,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.io.errors import UserError, run_command
 
+TRAINED = ("dlo", "skip_transformer")
+CALIBRATION_ROWS = 64
+"""Rows that the thresholds of trained routers are set on, beside those that they are trained on."""
+
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("cosine", "greedy", "random"))
+    parser.add_argument("kind", choices=("cosine", "greedy", "random", *TRAINED))
     parser.add_argument("--model_name_or_path", required=True, help="MoD checkpoint or dense base")
     parser.add_argument("--output_dir", required=True, help="where the checkpoint goes; must be new or empty")
     parser.add_argument("--capacity", type=float, default=0.5, help="share of inputs to execute (default: 0.5)")
     parser.add_argument("--train_file", required=True, help="data.jsonl whose text the choice is made on")
-    parser.add_argument("--rows", type=int, default=32, help="rows of it to use, drawn at random (default: 32)")
+    parser.add_argument(
+        "--rows", type=int, help="rows of it to use, drawn at random (default: 32, of dlo and skip_transformer 256)"
+    )
     parser.add_argument("--max_seq_length", type=int, default=256, help="rows are cut to this many tokens")
     parser.add_argument("--mod_n", type=int, help="number of routed layers; default: the checkpoint's")
     parser.add_argument("--granularity", help="default: the checkpoint's")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the model; auto is bfloat16 on a GPU and float32 on a CPU (default: auto)",
+    )
     parser.add_argument("--seed", type=int, default=233, help="of the rows and of random routers")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rows is None:
+        args.rows = 256 if args.kind in TRAINED else 32
+    return args
 
 
 def main() -> None:
@@ -52,6 +69,7 @@ def main() -> None:
     from utils.pipeline.calibration import calibrate, settle
     from utils.pipeline.held_out import held_out_results
     from utils.pipeline.importance import greedy, most_similar
+    from utils.pipeline.trained_baselines import scaled_routers, similarity_routers
 
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -69,19 +87,24 @@ def main() -> None:
     )
     if settings.target == "expert":
         raise UserError("baselines are for attention, MLP and block, not for expert_token")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(model_dir)
-    rows, held_out, _ = split_for_training(load_messages(args.train_file), args.seed, args.rows, max_eval_samples=64)
+    rows, held_out, others = split_for_training(
+        load_messages(args.train_file), args.seed, args.rows, max_eval_samples=64
+    )
     collate = SupervisedCollator.for_tokenizer(tokenizer)
 
     def make_batches(part):
         tokenized, report = tokenize_dataset(part, tokenizer, max_seq_length=args.max_seq_length)
         logging.info("%s", report.summary())
         starts = range(0, len(tokenized), 8)
-        return [collate([tokenized[row] for row in range(s, min(s + 8, len(tokenized)))]) for s in starts]
+        made = [collate([tokenized[row] for row in range(s, min(s + 8, len(tokenized)))]) for s in starts]
+        return [{name: values.to(device) for name, values in batch.items()} for batch in made]
 
     batches, held_out_batches = make_batches(rows), make_batches(held_out)
 
-    model = load_mod_model(model_dir, settings, dtype=getattr(torch, args.dtype)).eval()
+    dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
+    model = load_mod_model(model_dir, settings, dtype=getattr(torch, dtype)).eval()
     routers = model.router_modules()
     generator = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():
@@ -89,12 +112,20 @@ def main() -> None:
             router.weight.zero_()
             if args.kind == "random":
                 router.weight.normal_(generator=generator)
+    model.to(device)
     units = None
-    if args.kind == "random":
-        start = spread(model, batches)
-        cuts, share = calibrate(model, batches, start, args.capacity, progress=True)
+    if args.kind not in ("cosine", "greedy"):
+        calibration = batches
+        if args.kind in TRAINED:
+            others = others.select(range(min(CALIBRATION_ROWS, len(others))))
+            train = similarity_routers if args.kind == "dlo" else scaled_routers
+            start = train(model, batches, args.capacity, progress=True)
+            calibration = make_batches(others) if len(others) else batches
+        else:
+            start = spread(model, batches)
+        cuts, share = calibrate(model, calibration, start, args.capacity, progress=True)
         units = settle(model, cuts, {layer: scale for layer, (_, scale) in start.items()})
-        logging.info("random routers execute %.3f of the inputs", share)
+        logging.info("%s routers execute %.3f of the inputs", args.kind, share)
     else:
         count = round((1 - args.capacity) * len(routers))
         chosen = most_similar(model, batches, count) if args.kind == "cosine" else greedy(model, batches, count, True)

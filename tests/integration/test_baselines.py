@@ -7,26 +7,30 @@ import pytest
 from commands import run
 
 from utils.evaluation.inspection import inspect_checkpoint
-from utils.model.checkpoint import load_mod_model
+from utils.model.checkpoint import load_mod_model, read_units
+
+STATIC = ("cosine", "greedy")
 
 
-@pytest.mark.parametrize("kind", ["cosine", "greedy", "random"])
+@pytest.mark.parametrize("kind", ["cosine", "greedy", "random", "dlo", "skip_transformer"])
 def test_a_baseline_is_a_checkpoint_at_its_capacity(workplace, repository, tmp_path, kind):
     command = (sys.executable, repository / "entrypoints/checkpoint/build_baseline.py", kind)
     text = ("--train_file", workplace / "data/alpaca/data.jsonl", "--rows", 12, "--max_seq_length", 96)
     where = ("--model_name_or_path", workplace / "ckpt/tiny-mod", "--output_dir", tmp_path / "out", "--capacity", 0.667)
+    where += ("--granularity", "mlp_token") if kind in ("dlo", "skip_transformer") else ()
     result = run(*command, *text, *where, cwd=tmp_path)
     assert result.stdout.strip().splitlines()[-1] == str(tmp_path / "out")
     mod = json.loads((tmp_path / "out/config.json").read_text())["mod"]
     assert mod["target_capacity"] == 0.667
     results = json.loads((tmp_path / "out/results.json").read_text())["held_out"]
-    assert results["routed"]["eval_capacity"] == pytest.approx(2 / 3, abs=0.2 if kind == "random" else 1e-6)
+    assert results["routed"]["eval_capacity"] == pytest.approx(2 / 3, abs=1e-6 if kind in STATIC else 0.2)
     layers = inspect_checkpoint(tmp_path / "out", [96])["trained"]["layers"]
     assert sum(layers.values()) / len(layers) == pytest.approx(results["routed"]["eval_capacity"])
     routers = load_mod_model(tmp_path / "out").router_modules().values()
-    if kind == "random":
-        assert all(router.weight.any() for router in routers)
-        assert "random routers execute 0.6" in result.stderr
+    if kind not in STATIC:
+        assert any(router.weight.any() for router in routers)
+        assert f"{kind} routers execute 0.6" in result.stderr
+        assert set(read_units(tmp_path / "out")) == {2, 3, 4}
     else:
         assert sorted(mod["threshold"]) == [0.5, 0.5, 0.75]
         assert not any(router.weight.any() for router in routers)

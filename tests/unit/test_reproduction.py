@@ -41,8 +41,8 @@ def test_every_run_is_planned_or_named_as_left_out(name, scale, tmp_path):
     assert len({step.makes for step in plan.steps}) == len(plan.steps)
     for run in plan.runs:
         kinds = [step.kind for step in run.steps]
-        assert kinds[:2] == ["data", "build"] or (not kinds and run.entry["paper_only"])
-        assert kinds[3:] == (run.entry.get("measure", config["measure"]) if kinds else [])
+        assert kinds[:2] == ["data", "build"]
+        assert kinds[3:] == run.entry.get("measure", config["measure"])
         for step in run.steps:
             if step.kind == "train":
                 assert step.environment["OUTPUT_DIR"] == str(run.folder / "checkpoint")
@@ -295,13 +295,6 @@ def test_without_held_out_rows_capacity_is_the_evaluations(tmp_path):
     (row,) = collect(plan)["rows"]
     assert row["ours"]["capacity"] == pytest.approx(0.75)
     assert "loss" not in row["ours"]
-
-
-def test_what_only_the_paper_has_is_said_to_be_so(tmp_path):
-    plan = plan_of("table3", "small", tmp_path)
-    lines = markdown(collect(plan), "bash x.sh").splitlines()
-    assert "| dlo | 60.5 |" in lines
-    assert lines[-1].endswith("no code for it here: dlo, skip_transformer.")
 
 
 def test_figures_of_layers_and_series(tmp_path):

@@ -295,8 +295,6 @@ def _run_of(
     runs_folder: Path,
     changes: Changes,
 ) -> Run:
-    if run.get("paper_only"):
-        return Run(run["name"], run, runs_folder / "none", ())
     minutes = scale["minutes"]
     model = run.get("model", {}).get(scale_name) or scale["model"]
     environment = {"FOLDER_NAME": model["folder"]}

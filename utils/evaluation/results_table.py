@@ -26,8 +26,8 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
         failed: names of runs that did not come to their end.
 
     Returns:
-        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number), `dense`, `paper_only`,
-        `left_out`, `failed`, and the `versions` and the `machine` that this is.
+        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number), `dense`, `left_out`,
+        `failed`, and the `versions` and the `machine` that this is.
     """
     rows = []
     dense: dict[str, float] = {}
@@ -44,7 +44,6 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
         "rows": rows,
         "lines": [line for run in plan.runs if (line := _line(run))] if compared else [],
         "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
-        "paper_only": [run.name for run in plan.runs if run.entry.get("paper_only")],
         "left_out": list(plan.left_out),
         "failed": list(failed),
         "versions": {package: version(package) for package in ("torch", "transformers", "lm_eval")},
@@ -69,8 +68,6 @@ def markdown(result: dict[str, Any], command: str) -> str:
         lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for row in rows:
             lines.append("| " + " | ".join([row["name"], *(_cell(row[who], metric) for metric, who in columns)]) + " |")
-    if result["paper_only"]:
-        lines += ["", f"The paper's number alone, as there is no code for it here: {', '.join(result['paper_only'])}."]
     if result["left_out"]:
         lines += ["", f"Not at this scale: {', '.join(result['left_out'])}."]
     if result["failed"]:

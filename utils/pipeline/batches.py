@@ -29,6 +29,16 @@ def deciding_tokens(
     return deciding
 
 
+def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positions (indices into the flattened [batch * tokens]) and the tokens that follow, int64 [supervised].
+
+    Args:
+        labels: int64 [batch, tokens].
+    """
+    rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
+
+
 @dataclass(frozen=True)
 class SupervisedBatches:
     """Wraps a collator and adds where its batches are supervised.
@@ -53,8 +63,5 @@ class SupervisedBatches:
         mask = batch.get("attention_mask")
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("the collator pads on the left; training needs padding on the right")
-        labels = batch["labels"]
-        rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        batch["positions"] = rows * labels.shape[1] + columns
-        batch["targets"] = labels[rows, columns + 1]
+        batch["positions"], batch["targets"] = supervised(batch["labels"])
         return batch

@@ -5,7 +5,8 @@ stream least. Greedily by loss: one layer after the other, each time the one wit
 lowest.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -24,14 +25,31 @@ def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, f
         model: a routed model, in evaluation mode; it runs densely.
         batches: text.
     """
-    settings, layers = model.config.mod_settings, model.get_decoder().layers
-    sums = dict.fromkeys(settings.layers, 0.0)
-    before: dict[int, torch.Tensor] = {}
+    sums = dict.fromkeys(model.config.mod_settings.layers, 0.0)
     mask, tokens = None, 0
 
-    def add(layer: int, after: torch.Tensor) -> None:
-        cosine = nn.functional.cosine_similarity(before[layer].float(), after.float(), dim=-1)
-        sums[layer] += float(cosine[mask].sum())
+    def add(layer: int, cosines: torch.Tensor) -> None:
+        sums[layer] += float(cosines[mask].sum())
+
+    with watching_similarity(model, add):
+        for batch in batches:
+            mask = batch["attention_mask"].bool()
+            tokens += int(mask.sum())
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            model(**inputs, route=False, use_cache=False, logits_to_keep=1)
+    return {layer: total / tokens for layer, total in sums.items()}
+
+
+@contextmanager
+def watching_similarity(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Call `see` in each forward and routed layer with the cosine between the residual stream before and after.
+
+    Args:
+        model: a routed model; its forwards are dense, and keep everything.
+        see: takes the layer's index and the cosines, float32 [batch, tokens].
+    """
+    settings, layers = model.config.mod_settings, model.get_decoder().layers
+    before: dict[int, torch.Tensor] = {}
 
     def watch(layer: int) -> list:
         block = layers[layer]
@@ -41,7 +59,8 @@ def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, f
 
         def leave(module, args, kwargs, output):
             output = output[0] if isinstance(output, tuple) else output
-            add(layer, output if settings.target == "block" else before[layer] + output)
+            after = output if settings.target == "block" else before[layer] + output
+            see(layer, nn.functional.cosine_similarity(before[layer].float(), after.float(), dim=-1))
 
         start = {"attn": block, "block": block, "mlp": block.post_attention_layernorm}[settings.target]
         end = {"attn": block.self_attn, "block": block, "mlp": block.mlp}[settings.target]
@@ -52,15 +71,10 @@ def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, f
 
     hooks = [hook for layer in settings.layers for hook in watch(layer)]
     try:
-        for batch in batches:
-            mask = batch["attention_mask"].bool()
-            tokens += int(mask.sum())
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            model(**inputs, route=False, use_cache=False, logits_to_keep=1)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: total / tokens for layer, total in sums.items()}
 
 
 def starting_margins(model: nn.Module, batches: Iterable[Batch]) -> dict[int, float]:
