@@ -193,6 +193,31 @@ def test_calibration_lands_on_the_target_though_skips_move_later_logits(target):
     assert measured == pytest.approx(target, abs=0.02)
 
 
+def test_many_rows_known_otherwise_make_a_calibration_on_few_rows_precise():
+    generator = torch.Generator().manual_seed(2)
+    logits = (torch.randn(20000, 1, generator=generator) + 0.3 * torch.randn(20000, 2, generator=generator)) * 2 + 3
+    gate, target = 0.7, 0.75
+
+    def share(cuts):
+        first = logits[:, 0] >= cuts[0]
+        return torch.stack([first, logits[:, 1] - 0.8 * (~first).float() >= cuts[1]]).double().mean().item()
+
+    errors = []
+    for start in range(0, 10000, 500):
+        ids = torch.arange(start, start + 40)[:, None]
+        batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+        others = logits[start + 40 : start + 500]
+        known = torch.cat([others[:, 0], others[:, 1] - 0.8 * (1 - gate)]) - 3.0
+        found = [
+            calibrate(SkippingModel(logits), batches, {0: (3.0, 1.0), 1: (3.0, 1.0)}, target, reference=reference)[0]
+            for reference in (None, (known, gate))
+        ]
+        errors.append([abs(share(cuts) - target) for cuts in found])
+    alone, with_reference = torch.tensor(errors).mean(dim=0)
+    assert with_reference < 0.5 * alone
+    assert with_reference < 0.02
+
+
 def test_a_cut_far_out_becomes_a_threshold_that_keeps_the_same():
     thresholds, factors = fold({2: -0.5, 4: 40.0})
     assert thresholds[0] == pytest.approx(1 / (1 + math.exp(0.5)))
@@ -222,7 +247,7 @@ class TestRegression:
     @pytest.mark.parametrize("target", [0.9, 0.75, 0.5])
     def test_what_costs_least_is_skipped(self, target):
         control, inputs, costs = self.measured(target)
-        weights, cuts = control.solve()
+        weights, cuts, _ = control.solve()
         kept = torch.stack([inputs @ weights[layer][0] >= cuts[layer][0] for layer in LAYERS], dim=1)
         assert kept.float().mean() == pytest.approx(target, abs=0.01)
         best = costs >= costs.flatten().sort().values[round((1 - target) * costs.numel())]
@@ -232,8 +257,9 @@ class TestRegression:
         control, *_ = self.measured(0.5)
         again = RegressionControl(control.routers, 0.5)
         again.load_state_dict(control.state_dict())
-        (weights, cuts), (weights_again, cuts_again) = control.solve(), again.solve()
+        (weights, cuts, left_out), (weights_again, cuts_again, left_out_again) = control.solve(), again.solve()
         assert cuts == cuts_again
+        assert left_out.equal(left_out_again)
         assert all(weights[layer].equal(weights_again[layer]) for layer in LAYERS)
 
     def test_left_out_predictions_are_those_of_fits_without_the_row(self):

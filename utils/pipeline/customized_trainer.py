@@ -24,7 +24,7 @@ from .importance import starting_margins
 from .losses import capacity_hinge, executed_inputs, next_token_nll
 from .metrics import RoutingMeter
 from .processes import Termination
-from .regression_control import RegressionControl
+from .regression_control import GATE, RegressionControl
 from .training_checkpoint import TrainingCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -247,8 +247,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         """
         settings, routers = self.model.config.mod_settings, self.model.router_modules()
         show = self.is_world_process_zero() and not self.args.disable_tqdm
+        reference = None
         if isinstance(self.capacity_control, RegressionControl):
-            weights, cuts = self.capacity_control.solve(progress=show)
+            weights, cuts, left_out = self.capacity_control.solve(progress=show)
+            reference = left_out, GATE
             for layer, weight in weights.items():
                 self.set_router(routers[layer], weight)
         elif self.capacity_control is not None:
@@ -261,8 +263,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         settled = {layer: cut for layer, (cut, _) in cuts.items()}
         if len(calibration_rows):
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
-            settled, share = calibrate(self.model, batches, cuts, self.args.target_capacity, progress=show)
-            logger.info("calibrated on %d rows: they execute %.3f of their inputs", len(calibration_rows), share)
+            target = self.args.target_capacity
+            settled, share = calibrate(self.model, batches, cuts, target, progress=show, reference=reference)
+            logger.info("calibrated on %d rows: %.3f of the inputs are executed", len(calibration_rows), share)
         thresholds, factors = fold(settled)
         weights = self.router_state()
         for layer, factor in factors.items():

@@ -87,8 +87,12 @@ class RegressionControl:
         rows, there = (accelerator.gather(accelerator.pad_across_processes(values)) for values in parts)
         self.rows.append(rows[there > 0].cpu())
 
-    def solve(self, progress: bool = False) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]]]:
-        """Return layer index -> router weight, float32 [1, hidden_size], and layer index -> cut and its unit.
+    def solve(
+        self, progress: bool = False
+    ) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]], torch.Tensor]:
+        """Return layer index -> router weight, float32 [1, hidden_size], layer index -> cut and its unit, and all `u`.
+
+        `u` is how far above the price the cost of each row is in each layer, predicted by the fit without that row.
 
         Args:
             progress: show a bar.
@@ -96,10 +100,11 @@ class RegressionControl:
         rows = torch.cat(self.rows).double()
         places = tqdm(range(len(self.routers)), desc="fitting routers", unit="layer", disable=not progress)
         fits = [ridge(rows[:, place, :-1], rows[:, place, -1]) for place in places]
-        price = float(torch.cat([left_out for *_, left_out in fits]).quantile(1 - self.target))
+        left_out = torch.cat([predictions for *_, predictions in fits])
+        price = float(left_out.quantile(1 - self.target))
         weights = {layer: fit[0].float()[None] for layer, fit in zip(self.routers, fits, strict=True)}
         cuts = {layer: (price - fit[1], 1.0) for layer, fit in zip(self.routers, fits, strict=True)}
-        return weights, cuts
+        return weights, cuts, left_out - price
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training goes on from, at the end of a window."""
