@@ -11,7 +11,7 @@ import yaml
 
 from utils.evaluation.plots import save_figure
 from utils.evaluation.reproduction import Changes, Plan, Run, Step, make_plan, run_plan, run_step, unique_steps, varied
-from utils.evaluation.results_table import collect, figure_of, markdown
+from utils.evaluation.results_table import SEED, collect, figure_of, markdown
 from utils.io.errors import UserError
 from utils.pipeline.arguments import RECIPES
 
@@ -284,6 +284,29 @@ def test_rows_of_the_sample_are_said_to_be_so(tmp_path, monkeypatch):
     plan = plan_of("table2", "small", tmp_path)
     assert "embedded sample" not in collect(plan)["scale"]
     assert plan.steps[0].makes == Path("data/reformatted/alpaca/data.jsonl")
+
+
+def test_what_is_written_is_small_and_names_no_path_of_the_machine(tmp_path, repository, monkeypatch):
+    arguments = ["table2", "--scale", "small", "--limit", "3", "--data_dir", str(tmp_path / "items")]
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *arguments])
+    program = runpy.run_path(str(repository / "entrypoints/evaluation/reproduce.py"))
+    plan = plan_of("table2", "small", tmp_path)
+    for number, run in enumerate(plan.runs):
+        write_files(run.folder, loss=1.6 + number / 10, piqa=0.65, seconds=1.6 + number / 5)
+    table = program["write"](plan, [], tmp_path / "kept", program["parse_arguments"]())
+    assert "Made by `bash scripts/reproduce/table2.sh --scale small --limit 3 --data_dir FOLDER`" in table
+    assert "![figure](figure.png)" in table
+    files = {path.name: path for path in (tmp_path / "kept").iterdir()}
+    assert files.keys() == {"table.md", "result.json", "figure.json", "figure.png", "figure.svg"}
+    assert all(path.stat().st_size < 100_000 for path in files.values())
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in files.values())
+
+
+def test_the_seed_that_a_table_names_is_the_one_of_its_runs(tmp_path, repository):
+    assert f'SEED="${{SEED:-{SEED}}}"' in (repository / "scripts/finetune_mod.sh").read_text()
+    for scale in ("small", "paper"):
+        for name, plan in plan_all(scale, tmp_path).items():
+            assert name == "grid" or not any("seed" in step.text.lower() for step in plan.steps)
 
 
 def test_without_held_out_rows_capacity_is_the_evaluations(tmp_path):

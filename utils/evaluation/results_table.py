@@ -18,6 +18,9 @@ from .comparison import best_of, comparison_table, summarize
 from .plots import LABELS, pareto_of, read_figure
 from .reproduction import Plan, Run
 
+SEED = 233
+"""Of every training and baseline that names no other: the commands' default."""
+
 
 def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
     """Gather what the runs' files say.
@@ -61,7 +64,8 @@ def markdown(result: dict[str, Any], command: str) -> str:
     heads = ["", *(f"{LABELS.get(metric, metric)}, {who}" for metric, who in columns)]
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     lines = [f"# {result['title']}", "", result["scale"], ""]
-    lines += [f"Made by `{command}`; seed 233; {versions}; {result['machine']}.", ""]
+    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in result["lines"]} or {SEED}))
+    lines += [f"Made by `{command}`; seed {seeds}; {versions}; {result['machine']}.", ""]
     if result["lines"]:
         lines += comparison_table(summarize(result["lines"])).splitlines()
     else:
@@ -174,7 +178,7 @@ def _line(run: Run) -> dict[str, Any] | None:
         "kind": run.entry.get("baseline", "routed"),
         "granularity": fields["GRANULARITY"],
         "target": fields["TARGET_CAPACITY"],
-        "seed": fields.get("SEED", 233),
+        "seed": fields.get("SEED", SEED),
         "settings": {"with": " ".join([*(f"{field}={value}" for field, value in shown.items()), *map(str, arguments)])},
         **{name: ours.get(name) for name in ("capacity", "loss", "loss_increase", "average", "average_stderr")},
         "average_dense": dense.get("average"),
