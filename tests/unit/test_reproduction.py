@@ -250,7 +250,7 @@ def test_what_is_collected_stands_beside_the_papers(tmp_path):
     assert "| attn_sequence | 65.0 ± 2.0 | 69.4 | 1.25x | 1.21x | 0.500 | 1.600 |" in lines
     assert "| dense | 70.0 ± 2.0 | 69.7 | 1.00x | 1.00x | 1.000 | 1.500 |" in lines
     assert lines[4].startswith("Made by `bash x.sh`; seed 233; torch ")
-    assert lines[-3].startswith("Not at this scale: attn_token")
+    assert lines[-3].startswith("Not made here: attn_token")
     assert lines[-1] == "**Failed**: mlp_token."
     kind, value = figure_of(plan, result)
     assert kind == "pareto"

@@ -73,7 +73,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
         for row in rows:
             lines.append("| " + " | ".join([row["name"], *(_cell(row[who], metric) for metric, who in columns)]) + " |")
     if result["left_out"]:
-        lines += ["", f"Not at this scale: {', '.join(result['left_out'])}."]
+        lines += ["", f"Not made here: {', '.join(result['left_out'])}."]
     if result["failed"]:
         lines += ["", f"**Failed**: {', '.join(result['failed'])}."]
     return "\n".join(lines) + "\n"
