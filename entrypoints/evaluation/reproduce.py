@@ -30,7 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("name", help="a file of configs/reproduce: table2, figure7, ...; or all of them: all")
+    parser.add_argument(
+        "name", help="a file of configs/reproduce: table2, figure7, grid, ...; or all: every table and figure"
+    )
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="SmolLM2 on a CPU, or the paper's")
     parser.add_argument("--dry_run", action="store_true", help="list the steps and their time, and stop")
     parser.add_argument("--runs", nargs="+", default=[], help="only these runs of a table (all)")
@@ -67,10 +69,10 @@ def main() -> None:
     )
     os.chdir(ROOT)
     changes = Changes(arguments.max_train_samples, arguments.limit, data_dir, arguments.dtype)
-    plans = [
-        make_plan(name, arguments.scale, configs, output_dir, arguments.runs, changes)
-        for name in (table_names(configs) if arguments.name == "all" else [arguments.name])
-    ]
+    names = [arguments.name]
+    if arguments.name == "all":
+        names = [name for name in table_names(configs) if name.startswith(("table", "figure"))]
+    plans = [make_plan(name, arguments.scale, configs, output_dir, arguments.runs, changes) for name in names]
     steps = unique_steps(plans)
     done = [step.is_done() for step in steps]  # refuses files of other commands before anything runs
     if arguments.dry_run:
