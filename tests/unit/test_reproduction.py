@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -158,6 +159,22 @@ def test_a_step_is_done_once_and_never_passes_for_another(tmp_path):
     assert [text.split(": ")[1][:11] for text in said] == ["about 1 min", "done before"]
     with pytest.raises(UserError, match="was made by another command"):
         python_step(tmp_path, code + " # changed").is_done()
+
+
+def test_two_reproductions_at_once_do_a_step_once(tmp_path):
+    code = "import time; time.sleep(0.5); open('run/made.txt', 'a').write('x')"
+    said = []
+
+    def reproduce():
+        run_plan(plan_of_steps(tmp_path, python_step(tmp_path, code)), tmp_path, {}, {}, said.append)
+
+    both = [threading.Thread(target=reproduce) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert (tmp_path / "run/made.txt").read_text() == "x"
+    assert sorted(text.split(": ")[1][:11] for text in said) == ["about 1 min", "done before", "waiting for"]
 
 
 def test_a_failed_run_stops_no_other_and_is_not_tried_again(tmp_path):

@@ -3,6 +3,7 @@
 Series differ by marker, dash and hatch as well as by their shade of grey, so that a print without colour is enough.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from utils.io.errors import UserError
 from utils.io.files import atomic_file
 
-STYLES = (
-    *(("black", "o", "-"), ("dimgrey", "s", "--"), ("grey", "^", ":"), ("darkgrey", "D", "-.")),
-    *(("black", "v", (0, (1, 1))), ("dimgrey", "P", (0, (6, 2))), ("grey", "X", (0, (3, 1, 1, 1)))),
-)
+COLORS, MARKERS, DASHES = ("black", "dimgrey", "darkgrey"), "os^DvPX<>*h", ("-", "--", ":", "-.")
 HATCHES = ("", "///", "...", "xxx")
 SETTINGS = {"svg.hashsalt": "router-tuning", "svg.fonttype": "none", "font.size": 10, "axes.axisbelow": True}
 
@@ -62,7 +61,7 @@ def draw_series(axes: Axes, value: dict[str, Any]) -> None:
             optionally `stderr`.
     """
     for number, series in enumerate(value["series"]):
-        color, marker, dash = STYLES[number % len(STYLES)]
+        color, marker, dash = _style(number)
         axes.errorbar(
             series["x"],
             series["y"],
@@ -88,7 +87,7 @@ def draw_pareto(axes: Axes, value: dict[str, Any]) -> None:
             joined in the order of x.
     """
     for number, series in enumerate(value.get("series", ())):
-        color, marker, dash = STYLES[number % len(STYLES)]
+        color, marker, dash = _style(number)
         points = sorted(series["points"], key=lambda point: point["x"])
         x, y = ([point[axis] for point in points] for axis in ("x", "y"))
         errors = [point.get("stderr") or 0.0 for point in points]
@@ -111,7 +110,7 @@ def _draw_front(axes: Axes, points: Sequence[dict[str, Any]], sign: int) -> None
     axes.plot([p["x"] for p in front], [p["y"] for p in front], color="black", linewidth=1, drawstyle="steps-post")
     middle = (points[0]["x"] + points[-1]["x"]) / 2
     for number, point in enumerate(points):
-        color, marker, _ = STYLES[number % len(STYLES)]
+        color, marker, _ = _style(number)
         axes.errorbar(
             point["x"], point["y"], yerr=point.get("stderr"), color=color, marker=marker, linestyle="", capsize=2
         )
@@ -135,7 +134,7 @@ def draw_training(axes: Axes, runs: dict[str, list[dict[str, float]]]) -> None:
     """
     below = axes.twinx()
     for number, (name, history) in enumerate(runs.items()):
-        color, _, _ = STYLES[number % len(STYLES)]
+        color, _, _ = _style(number)
         logged = [entry for entry in history if "task_loss" in entry and "capacity" in entry]
         if not logged:
             raise UserError(f"{name}: its log has no task_loss and capacity")
@@ -237,23 +236,35 @@ def save_figure(kind: str, value: Any, path: Path, title: str | None = None) -> 
     with matplotlib.rc_context(SETTINGS):
         panels = value["panels"] if isinstance(value, dict) and "panels" in value else [value]
         figure = Figure(figsize=(6.4 if len(panels) == 1 else 4.8 * len(panels), 4.0), layout="constrained")
+        labelled: dict[str, Any] = {}  # panels have one legend in common
         try:
             for axes, one in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
                 KINDS[kind](axes, one)
                 axes.grid(True, color="0.9")
-                if axes.get_legend_handles_labels()[0]:
-                    axes.legend(fontsize=8)
+                labelled |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         except UserError:
             raise
         except (KeyError, TypeError, IndexError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise UserError(f"{path}: not what {kind} is drawn from: {error!r}") from None
+        if labelled:
+            figure.legend(
+                labelled.values(), labelled, loc="outside lower center", ncols=min(4, len(labelled)), fontsize=8
+            )
         if title:
             figure.suptitle(title, fontsize=12)
         paths = [path.with_name(path.name + end) for end in (".png", ".svg")]
-        for target, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
-            with atomic_file(target, "wb") as file:
-                figure.savefig(file, format=target.suffix[1:], dpi=150, metadata=metadata)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150)
+        with atomic_file(paths[0], "wb") as file:
+            Image.open(drawn).convert("L").save(file, format="PNG", optimize=True)  # no color: a third of the bytes
+        with atomic_file(paths[1], "wb") as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
     return paths
+
+
+def _style(number: int) -> tuple[str, str, str]:
+    """Return color, marker and dash of a series; the first eleven have markers of their own."""
+    return COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)], DASHES[number % len(DASHES)]
 
 
 def _experts_of(counted: list[dict[str, Any]], layer: int | None) -> dict[str, list[float]]:

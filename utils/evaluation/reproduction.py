@@ -7,13 +7,16 @@ named after what makes its checkpoint, so tables that have a run in common share
 benchmark. Nothing is kept in memory between steps: what `results_table.py` shows comes out of the files.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
+import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -250,19 +253,35 @@ def run_plan(
         for step in run.steps:
             where = f"{plan.name}, {run.name}, {step.kind}"
             if step.makes not in failed:
-                if step.is_done():
-                    say(f"{where}: done before")
-                    continue
-                say(f"{where}: about {estimate([step])}\n  {step.text}")
-                try:
-                    run_step(step, root, environment)
-                    continue
-                except UserError as error:
-                    failed[step.makes] = str(error)
+                with alone_at(step, root, lambda where=where: say(f"{where}: waiting for another reproduction")):
+                    if step.is_done():
+                        say(f"{where}: done before")
+                        continue
+                    say(f"{where}: about {estimate([step])}\n  {step.text}")
+                    try:
+                        run_step(step, root, environment)
+                        continue
+                    except UserError as error:
+                        failed[step.makes] = str(error)
             say(f"{where}: {failed[step.makes]}")
             names.append(run.name)
             break
     return names
+
+
+@contextmanager
+def alone_at(step: Step, root: Path, waits: Callable[[], None]) -> Iterator[None]:
+    """Keep other reproductions from this step, which tables share; `waits` is called where one of them is at it."""
+    name = hashlib.sha256(os.path.abspath(root / step.makes).encode()).hexdigest()[:16]
+    path = root / ".cache/steps" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run_step(step: Step, root: Path, environment: dict[str, str]) -> None:
