@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer
 from utils.io.errors import UserError
 from utils.model.checkpoint import load_mod_model, make_settings, read_config
 from utils.pipeline.arguments import RouterTrainingArguments, accumulation_steps
+from utils.pipeline.calibration import logits_of_routers
 from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
 from utils.pipeline.losses import capacity_hinge, executed_inputs
+from utils.pipeline.regression_control import GATE
 from utils.pipeline.training_checkpoint import MANIFEST_FILE, last_whole_checkpoint
 
 VOCABULARY = 96
@@ -429,6 +431,24 @@ class TestControls:
             executed, inputs = executed + gates.sum(), inputs + gates.numel()
         # a regression lets the rows that it measured say what share is above a cut too
         assert float(executed / inputs) == pytest.approx(0.6, abs=0.06 if control == "regression" else 0.02)
+
+    @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
+    def test_a_calibration_reads_what_the_regression_read(self, base_dir, tmp_path, granularity):
+        arguments = self.ARGUMENTS | {"capacity_control": "regression"}
+        trainer = make_trainer(base_dir, tmp_path, granularity, rows=make_rows(32), **arguments)
+        trainer.train()
+        weights, cuts, _ = trainer.capacity_control.solve()
+        for layer, router in trainer.model.router_modules().items():
+            trainer.set_router(router, weights[layer])
+        trainer.model.eval()
+        measured = torch.cat(trainer.capacity_control.rows)[..., :-1]  # [rows, layers, hidden_size]
+        expected = [measured[:, place] @ weights[layer][0] - cuts[layer][0] for place, layer in enumerate(weights)]
+        rows = list(trainer._router_batches(trainer.train_dataset, 4))
+        read = logits_of_routers(trainer.model, rows, cuts, lambda u: torch.full_like(u, GATE), execution="dense")
+        trained = sorted(torch.cat(expected).tolist())
+        assert len(trained) <= len(read)
+        nearest = (torch.tensor(trained)[:, None] - read[None]).abs().amin(dim=1)
+        assert nearest.max() < 1e-4 * read.abs().max()
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -63,10 +63,10 @@ def calibrate(
     try:
         if reference is not None:
             others, gate = reference
-            alike = _run(model, batches, cuts, lambda u: torch.full_like(u, gate))
+            alike = logits_of_routers(model, batches, cuts, lambda u: torch.full_like(u, gate), execution="dense")
             known = torch.cat([alike, others.to(alike)])
         for _ in tqdm(range(runs), desc="calibrating thresholds", disable=not progress):
-            values = _run(model, batches, cuts, lambda u, shift=shift: (u >= shift).to(u.dtype))
+            values = logits_of_routers(model, batches, cuts, lambda u, shift=shift: (u >= shift).to(u.dtype))
             more = 0.0 if reference is None else _above(known, shift) - _above(alike, shift)
             share = _above(values, shift) + more
             best = min(best, (abs(share - target), shift, share))
@@ -85,13 +85,21 @@ def calibrate(
     return {layer: cut + shift * scale for layer, (cut, scale) in cuts.items()}, share
 
 
-def _run(
+@torch.no_grad()
+def logits_of_routers(
     model: nn.Module,
     batches: Sequence[Mapping[str, torch.Tensor]],
     cuts: Mapping[int, tuple[float, float]],
     gates_of: Callable[[torch.Tensor], torch.Tensor],
+    execution: str | None = None,
 ) -> torch.Tensor:
-    """Return `u` of all inputs of all layers, [inputs], where it makes the gates of each layer in this way."""
+    """Return `u` of all inputs of all layers, float [inputs].
+
+    Args:
+        model, batches, cuts: as of `calibrate`.
+        gates_of: the gates that it makes of a layer's `u`.
+        execution: of the model; sparse execution takes any gate above 0 for 1.
+    """
     seen: list[torch.Tensor] = []
     mask = None
     routers = model.router_modules()
@@ -106,7 +114,7 @@ def _run(
     for batch in batches:
         mask = batch["attention_mask"].bool()
         inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
-        model(**inputs, use_cache=False, logits_to_keep=1, gate_rule=rule)
+        model(**inputs, use_cache=False, logits_to_keep=1, gate_rule=rule, execution=execution)
     return torch.cat(seen)
 
 
