@@ -50,11 +50,12 @@ def parse_arguments() -> argparse.Namespace:
         "--grid", type=cell, nargs="+", default=[(4, 256), (8, 256)], metavar="BATCHxLENGTH", help="(4x256 8x256)"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the backbone (bfloat16 on a GPU)")
+    parser.add_argument("--distillation_every", type=int, default=1, help="of the default recipe's step (1)")
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats of everything (5)")
     parser.add_argument("--threads", type=int, help="threads of a CPU (torch's default)")
     parser.add_argument("--output", type=Path, help="JSON file (outputs/benchmark/step-NAME-TIME.json)")
     arguments = parser.parse_args()
-    for name in ("repeats", "threads"):
+    for name in ("repeats", "threads", "distillation_every"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} must be at least 1")
@@ -87,7 +88,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.checkpoint)
     model = load_mod_model(arguments.checkpoint, dtype=getattr(torch, dtype))
     freeze_backbone(model.to("cuda" if on_gpu else "cpu"))
-    collate = SupervisedBatches(SupervisedCollator.for_tokenizer(tokenizer))
+    collate = SupervisedBatches(SupervisedCollator.for_tokenizer(tokenizer), arguments.distillation_every)
 
     cells = []
     for rows, length in arguments.grid:

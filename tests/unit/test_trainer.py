@@ -588,3 +588,25 @@ class TestRouterInit:
         assert "router_init" in trainer.args.without_effect()
         with pytest.raises(UserError, match="router_init importance is for attention"):
             trainer.args.suit_model(16, "expert_token")
+
+
+def test_the_divergence_at_every_second_supervised_token_is_that_of_the_others_left_out(base_dir, tmp_path):
+    arguments = {"distillation_weight": 1.0, "gradient_scale": 0.0, "max_steps": 1}
+    thinned = make_trainer(base_dir, tmp_path, distillation_every=2, **arguments)
+    whole = make_trainer(base_dir, tmp_path, **arguments)
+    rows = make_rows(8)
+    batch = whole.data_collator(rows)
+    labels = batch["labels"].clone()
+    for row in labels:
+        supervised = (row != -100).nonzero().squeeze(-1)
+        row[supervised[1::2]] = -100
+    assert (labels != -100).sum() < (batch["labels"] != -100).sum()
+    others_left_out = [
+        row | {"labels": part[: len(row["labels"])].tolist()} for row, part in zip(rows, labels, strict=True)
+    ]
+    losses = []
+    for trainer, text in ((thinned, rows), (whole, others_left_out)):
+        (window,), tokens = trainer.get_batch_samples(iter([trainer.data_collator(text)]), 1, torch.device("cpu"))
+        losses.append(trainer.compute_loss(trainer.model.train(), window, num_items_in_batch=tokens))
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+    assert thinned.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"]), "of all tokens"

@@ -148,6 +148,13 @@ class RouterTrainingArguments(TrainingArguments):
             "tokens; the rest is the task's loss. Default: the recipe's."
         },
     )
+    distillation_every: int = field(
+        default=1,
+        metadata={
+            "help": "Learn from the divergence at every so many-th supervised token of a row, which saves the logits "
+            "of the others; the logged losses are of these tokens too."
+        },
+    )
     calibration_rows: int | None = field(
         default=None,
         metadata={
@@ -369,6 +376,8 @@ class RouterTrainingArguments(TrainingArguments):
             raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise UserError(f"distillation_weight {self.distillation_weight} must lie between 0 and 1")
+        if self.distillation_every < 1:
+            raise UserError(f"distillation_every {self.distillation_every} must be at least 1")
         if self.regression_rows < 2:
             raise UserError(f"regression_rows {self.regression_rows} must be at least 2")
         if self.calibration_rows < 0:

@@ -45,9 +45,11 @@ class SupervisedBatches:
 
     Args:
         collate: returns `input_ids` and `labels`, int64 [batch, tokens], and, where rows are padded, `attention_mask`.
+        every: above 1, `taught` says which positions are each row's first, and every so many-th after it.
     """
 
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+    every: int = 1
 
     def __call__(self, features: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Return the batch with `positions`, int64 [supervised], and `targets`, int64 [supervised].
@@ -64,4 +66,8 @@ class SupervisedBatches:
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("the collator pads on the left; training needs padding on the right")
         batch["positions"], batch["targets"] = supervised(batch["labels"])
+        if self.every > 1:
+            rows = batch["positions"] // batch["labels"].shape[1]
+            place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)  # within the row
+            batch["taught"] = (place % self.every == 0).nonzero().squeeze(-1)
         return batch

@@ -56,7 +56,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.data_collator = SupervisedBatches(self.data_collator)
+        every = self.args.distillation_every if self.args.distillation_weight else 1
+        self.data_collator = SupervisedBatches(self.data_collator, every)
         self.loss_is_scaled_for_ga = True  # by `compute_loss`
         self._train_sampler = train_sampler
         if self.is_fsdp_enabled:
@@ -115,6 +116,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
+        for batch in batches:
+            if "taught" in batch:
+                taught = batch.pop("taught")
+                batch |= {name: batch[name].index_select(0, taught) for name in ("positions", "targets")}
         last = batches[-1]
         # accelerate forgets the remainder when it skips to where a run left off (1.15)
         together = self._train_batch_size * self.args.world_size

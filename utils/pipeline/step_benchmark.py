@@ -29,7 +29,7 @@ class StepBenchmark:
 
     Args:
         model: a routed model whose routers alone require gradients, on the device that is measured.
-        batch: as `SupervisedBatches` makes it.
+        batch: as `SupervisedBatches` makes it; with `taught` the default recipe's step learns from those positions.
     """
 
     def __init__(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor]):
@@ -61,9 +61,12 @@ class StepBenchmark:
         if self.model.config.mod_settings.level == "sequence":
             control = RegressionControl(self.model.router_modules(), TARGET_CAPACITY)
         rule = control.rule(self.batch["input_ids"], mask) if control is not None else None
-        outputs = self._states(rule)
-        teacher = self._teacher.states(self.batch["input_ids"], self.batch["positions"])
-        head, targets = self.model.get_output_embeddings(), self.batch["targets"]
+        positions, targets = self.batch["positions"], self.batch["targets"]
+        if "taught" in self.batch:
+            positions, targets = (values.index_select(0, self.batch["taught"]) for values in (positions, targets))
+        outputs = self._states(rule, positions)
+        teacher = self._teacher.states(self.batch["input_ids"], positions)
+        head = self.model.get_output_embeddings()
         loss = distilled_nll(outputs.states, teacher, head, targets, 1.0)[0] / len(targets)
         if control is None:
             loss = loss + self._capacity_loss(outputs.router_gates)
@@ -189,12 +192,12 @@ class StepBenchmark:
             ]
         )
 
-    def _states(self, rule=None):
+    def _states(self, rule=None, positions=None):
         mask = self.batch.get("attention_mask")
         return self.model(
             input_ids=self.batch["input_ids"],
             token_mask=None if mask is None else mask.bool(),
-            states_at=self.batch["positions"],
+            states_at=self.batch["positions"] if positions is None else positions,
             gate_rule=rule,
             use_cache=False,
         )
