@@ -38,14 +38,28 @@ def expert_pair(arch: str, **settings):
 
 
 class AssignmentCounter:
-    """Counts the assignments that the experts of the routed layers are given: layer -> number, call by call."""
+    """Counts the assignments that the experts of the routed layers compute: layer -> number since it was read."""
 
     def __init__(self, model):
-        self.assignments = {index: [] for index in model.config.mod_settings.layers}
-        for index, counts in self.assignments.items():
-            model.model.layers[index].mlp.experts.register_forward_pre_hook(
-                lambda module, args, counts=counts: counts.append(args[1].numel())
-            )
+        self.counts = dict.fromkeys(model.config.mod_settings.layers, 0)
+        for index in self.counts:
+            model.model.layers[index].mlp.experts.act_fn = Counted(self, index)
+
+    def read(self) -> dict[int, int]:
+        read, self.counts = self.counts, dict.fromkeys(self.counts, 0)
+        return read
+
+
+class Counted(torch.nn.SiLU):
+    """The activation of a layer's experts, which each assignment that is computed passes once, as a row."""
+
+    def __init__(self, counter: AssignmentCounter, index: int):
+        super().__init__()
+        self.counter, self.index = counter, index
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.counter.counts[self.index] += len(rows)
+        return super().forward(rows)
 
 
 @every_architecture
@@ -59,7 +73,7 @@ def test_a_rejected_assignment_is_not_computed(arch, implementation):
     input_ids = random_tokens(5, 9)
     with torch.no_grad():
         sparse = model(input_ids, execution="sparse")
-        counts = {index: calls.pop() for index, calls in counter.assignments.items()}
+        counts = counter.read()
         dense = model(input_ids, execution="dense")
     kept = dict(zip(LAYERS, sparse.router_gates.flatten(1).sum(dim=1).int().tolist(), strict=True))
     assert counts == kept
@@ -96,7 +110,7 @@ def test_where_all_is_rejected_only_shared_experts_are_left(arch):
             output.logits, base(random_tokens(2, 9), use_cache=False).logits, atol=LOGITS_BOUND, rtol=0
         )
     assert output.router_gates.eq(0).all()
-    assert not any(counter.assignments.values())
+    assert not any(counter.read().values())
 
 
 @every_architecture

@@ -2,9 +2,11 @@
 
 The model's own gate chooses the experts of a token and weighs them, `y = sum_i G(x)_i * E_i(x) * 1[R_i(x) >= tau]`
 over its top-k (Eq. 6-8). Gate and weights are left as they are: what is rejected is not made up for. Shared experts
-always run. The dense form multiplies the weights by the mask, which is the specification; the sparse form hands only
-executed assignments to the experts, as tokens with one expert each, so that every implementation of the experts that
-transformers has computes those and nothing else. This file travels inside every checkpoint.
+always run. The dense form multiplies the weights by the mask, which is the specification; the sparse form computes
+executed assignments only. On a CPU it runs expert after expert on its tokens, and leaves the weights of an expert that
+has none unread. Elsewhere, and with another implementation of the experts than transformers' default, it hands the
+executed assignments to transformers' experts, as tokens with one expert each, so that any implementation computes those
+and nothing else. This file travels inside every checkpoint.
 """
 
 from typing import Any
@@ -35,7 +37,11 @@ def expert_forward(
 
     block, tokens = layer.mlp, normed.reshape(-1, normed.shape[-1])  # [batch * tokens, hidden_size]
     _, weights, experts = block.gate(tokens)  # each of the last two [batch * tokens, top_k]
-    decision = decide_assignments(layer, normed, experts.view(*normed.shape[:-1], -1))
+    experts_of_tokens = experts.view(*normed.shape[:-1], -1)
+    if routing.gate_rule is None:
+        decision = decide_assignments(layer, normed, experts_of_tokens)
+    else:
+        decision = routing.gate_rule(layer.layer_idx, normed, experts_of_tokens)
     routing.decisions[layer.layer_idx] = decision
     if routing.sparse:
         output = run_kept(block.experts, tokens, experts, weights, decision.kept)
@@ -85,6 +91,9 @@ def run_kept(
         return run_experts(tokens, experts, weights)
     if len(kept) == 0:
         return torch.zeros_like(tokens)
+    on_cpu = tokens.is_cpu and run_experts.gate_up_proj.is_cpu  # and not on a disk
+    if on_cpu and run_experts.config._experts_implementation == "grouped_mm":
+        return _one_by_one(run_experts, tokens, experts, weights, kept)
     top_k = experts.shape[1]
     # weighed afterwards: a gate's weights may be of a higher precision than the experts' outputs
     unweighed = torch.ones(len(kept), 1, dtype=tokens.dtype, device=tokens.device)
@@ -93,6 +102,23 @@ def run_kept(
     # each assignment has a place of its own: the sum over a token's experts is the same in every run, on a GPU as well
     places = outputs.new_zeros(experts.numel(), tokens.shape[1]).index_copy(0, kept, outputs)
     return places.view(-1, top_k, tokens.shape[1]).sum(dim=1).to(tokens.dtype)
+
+
+def _one_by_one(
+    run_experts: nn.Module, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor
+) -> torch.Tensor:
+    """Run expert after expert; on a CPU a grouped product is no faster, and needs more around it."""
+    chosen, order = experts.flatten()[kept].sort(stable=True)
+    places = kept[order]
+    ends = chosen.bincount(minlength=run_experts.num_experts).cumsum(dim=0)
+    rows, outputs = places // experts.shape[1], []
+    for expert, of_expert in enumerate(rows.tensor_split(ends[:-1])):
+        if len(of_expert) > 0:
+            inputs = tokens.index_select(0, of_expert)
+            gate, up = nn.functional.linear(inputs, run_experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            outputs.append(nn.functional.linear(run_experts.act_fn(gate) * up, run_experts.down_proj[expert]))
+    weighed = torch.cat(outputs) * weights.flatten()[places, None]  # in the higher precision of the two
+    return weighed.new_zeros(tokens.shape).index_add(0, rows, weighed).to(tokens.dtype)
 
 
 def add_shared_experts(block: nn.Module, tokens: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
