@@ -84,8 +84,6 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check(args)
     settings = replace(make_settings(read_config(args.checkpoint)), target_capacity=args.capacity)
-    if settings.target == "expert":
-        raise UserError(f"{args.checkpoint}: thresholds of {settings.granularity} are not calibrated; train it again")
     if holds_adapter(args.checkpoint):
         raise UserError(
             f"{args.checkpoint} holds a LoRA adapter: merge it first, with build_mod_checkpoint.py --merge_lora"

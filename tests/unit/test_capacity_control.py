@@ -135,6 +135,34 @@ def test_a_row_is_drawn_alike_in_any_batch_and_padding():
     )
 
 
+def test_an_experts_draw_is_its_own_wherever_the_gate_ranks_it():
+    keys = row_keys(torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.int64))
+    experts = torch.randint(0, 9, (2, 4, 3), generator=torch.Generator().manual_seed(0))
+    draws = uniform(keys, 7, 2, 4, experts)
+    assert uniform(keys, 7, 2, 4, experts.flip(-1)).equal(draws.flip(-1))
+    assert draws[..., 0].ne(draws[..., 1]).equal(experts[..., 0] != experts[..., 1])
+
+
+def test_an_experts_cut_keeps_what_its_own_intercept_does():
+    control = BudgetControl({0: MoDRouter(HIDDEN, num_experts=3)}, 0.5)
+    features, _ = toy_inputs()
+    control.begin({0: (features.mean(dim=0), features.std(dim=0))}, lambda layer: 0.5)
+    with torch.no_grad():
+        control.routers[0].weight.normal_(generator=torch.Generator().manual_seed(0))
+        control.intercepts += torch.tensor([[-3.0, -1.0, 2.0]])
+        control.shift = 1.0
+        kept = control.centred(0, features) >= control.shift
+        cuts, _ = control.cuts()[0]
+        assert (control.routers[0](features) >= torch.tensor(cuts)).equal(kept)
+    assert kept.float().mean(dim=0).diff().gt(0).all()
+    ids = torch.arange(ROWS).view(1, ROWS)
+    experts = torch.tensor([[2, 0]]).expand(1, ROWS, 2)
+    decision = control.rule(ids, torch.ones_like(ids))(0, features[None], experts)
+    expected = torch.sigmoid(control.centred(0, features) - control.shift)[:, [2, 0]]
+    torch.testing.assert_close(decision.scores[0], expected)
+    assert decision.experts is experts
+
+
 def test_draws_are_even_and_unlike_between_rows_layers_tokens_and_steps():
     ids = torch.arange(8000).view(2000, 4)
     keys = row_keys(ids, torch.ones_like(ids))

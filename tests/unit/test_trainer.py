@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from utils.io.errors import UserError
 from utils.model.checkpoint import load_mod_model, make_settings, read_config
@@ -25,8 +32,20 @@ LAYERS = [2, 3, 4]
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
+    return save_base(LlamaForCausalLM, LlamaConfig, tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base_of(base_dir, tmp_path_factory):
+    """Returns the base whose parts of a granularity can be routed."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    mixture = save_base(MixtralForCausalLM, MixtralConfig, tmp_path_factory.mktemp("mixture"), **experts)
+    return lambda granularity: mixture if granularity == "expert_token" else base_dir
+
+
+def save_base(model_class, config_class, directory, **options):
     torch.manual_seed(1)
-    config = LlamaConfig(
+    config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -35,9 +54,9 @@ def base_dir(tmp_path_factory):
         num_key_value_heads=2,
         initializer_range=0.2,
         tie_word_embeddings=False,
+        **options,
     )
-    directory = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model_class(config).save_pretrained(directory)
     return directory
 
 
@@ -369,16 +388,17 @@ class TestControls:
             ("budget", "attn_sequence"),
             ("budget", "attn_token"),
             ("budget", "mlp_token"),
+            ("budget", "expert_token"),
             ("regression", "attn_sequence"),
             ("regression", "block_sequence"),
         ],
     )
-    def test_one_row_eight_times_trains_as_eight_rows_once(self, base_dir, tmp_path, control, granularity):
+    def test_one_row_eight_times_trains_as_eight_rows_once(self, base_of, tmp_path, control, granularity):
         states, settings = [], []
         for size in (8, 1):
             arguments = self.ARGUMENTS | {"per_device_train_batch_size": size, "capacity_control": control}
             trainer = make_trainer(
-                base_dir, tmp_path / str(size), granularity, rows=make_rows(32), routers_seed=None, **arguments
+                base_of(granularity), tmp_path / str(size), granularity, make_rows(32), routers_seed=None, **arguments
             )
             trainer.train()
             trainer.finish()
@@ -387,7 +407,8 @@ class TestControls:
         for name, weight in states[0].items():
             assert weight.any()
             torch.testing.assert_close(states[1][name], weight, atol=2e-5, rtol=1e-3)
-        assert settings[1].threshold == pytest.approx(settings[0].threshold, abs=1e-4)
+        thresholds = [torch.tensor(each.threshold) for each in settings]
+        torch.testing.assert_close(*thresholds, atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize("control", ["budget", "regression"])
     def test_activation_checkpointing_changes_nothing(self, base_dir, tmp_path, control):
@@ -415,11 +436,18 @@ class TestControls:
         assert len(set(whole.model.config.mod_settings.threshold)) > 1
 
     @pytest.mark.parametrize(
-        ("control", "granularity"), [("budget", "attn_token"), ("regression", "mlp_sequence"), ("hinge", "block_token")]
+        ("control", "granularity"),
+        [
+            ("budget", "attn_token"),
+            ("budget", "expert_token"),
+            ("regression", "mlp_sequence"),
+            ("hinge", "block_token"),
+            ("hinge", "expert_token"),
+        ],
     )
-    def test_what_finish_settles_is_what_the_model_then_decides(self, base_dir, tmp_path, control, granularity):
+    def test_what_finish_settles_is_what_the_model_then_decides(self, base_of, tmp_path, control, granularity):
         arguments = self.ARGUMENTS | {"capacity_control": control}
-        trainer = make_trainer(base_dir, tmp_path, granularity, rows=make_rows(32), **arguments)
+        trainer = make_trainer(base_of(granularity), tmp_path, granularity, rows=make_rows(32), **arguments)
         trainer.train()
         rows = make_rows(80, seed=9)
         trainer.finish(rows)

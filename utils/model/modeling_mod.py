@@ -320,16 +320,14 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
 
         Raises:
             ValueError: the execution is unknown; attention maps are asked for in sparse execution; `labels` and
-                `states_at` are both given; experts are routed by a `gate_rule`; a sequence decision would have to
-                guess the padding from a mask that isn't 2D; or the cache is of a class that can't hold decisions, was
-                filled without routing or by the other execution, or by another batch size.
+                `states_at` are both given; a sequence decision would have to guess the padding from a mask that isn't
+                2D; or the cache is of a class that can't hold decisions, was filled without routing or by the other
+                execution, or by another batch size.
         """
         if route:
             inputs = input_ids if input_ids is not None else inputs_embeds
             drafts = logits_to_keep - 1 if drafted and isinstance(logits_to_keep, int) and logits_to_keep > 1 else 0
             routing = self.make_routing(inputs, attention_mask, execution, drafts, token_mask, **kwargs)
-            if gate_rule is not None and self.mod_settings.target == "expert":
-                raise ValueError("experts are routed by threshold only, not by a gate_rule")
             routing.gate_rule = gate_rule
         else:
             routing = Routing(token_mask=None, sparse=False, enabled=False)

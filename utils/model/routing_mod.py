@@ -67,7 +67,8 @@ class Routing:
         sparse: leave out what is not kept, rather than compute it and multiply by zero.
         enabled: False runs the dense base model, as if every input were kept.
         gate_rule: (layer index, router inputs [batch, hidden_size] or [batch, tokens, hidden_size]) -> decision;
-            stands in for router and threshold, in training and calibration.
+            stands in for router and threshold, in training and calibration. Where experts are routed it is given
+            those of each token as well, int64 [batch, tokens, top_k].
         decisions: layer index -> what its router decided in this forward, or at the prefill of the cache.
     """
 

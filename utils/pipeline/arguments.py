@@ -131,7 +131,7 @@ class RouterTrainingArguments(TrainingArguments):
             "help": "What drives capacity to its target. budget: sampled gates, a price for executing that follows "
             "the loss, a shift of all thresholds; over all layers, processes and the accumulation window. regression: "
             "routers predict what skipping costs, and skip below one price. hinge: Eq. 10. Default: the recipe's, and "
-            "there regression for sequences, budget for tokens and for a trained backbone, hinge for experts."
+            "there regression for sequences, budget for tokens, for experts and for a trained backbone."
         },
     )
     capacity_scope: str | None = field(
@@ -336,19 +336,12 @@ class RouterTrainingArguments(TrainingArguments):
             UserError: the granularity can't be trained with the control that was asked for.
         """
         frozen = self.router_only and not self.use_lora
-        experts = granularity == EXPERT_GRANULARITY
         if self.capacity_control is None:
             sequence = granularity.endswith("_sequence") and frozen
-            self.capacity_control = "hinge" if experts else "regression" if sequence else "budget"
-            if experts and "warmup_steps" not in self._given:
-                self.warmup_steps = 0.25
+            self.capacity_control = "regression" if sequence else "budget"
         control = self.capacity_control
-        if experts and "calibration_rows" not in self._given:
-            self.calibration_rows = 0
-        if experts and self.router_init != "zero":
+        if granularity == EXPERT_GRANULARITY and self.router_init != "zero":
             raise UserError(f"router_init {self.router_init} is for attention, MLP and block, not for {granularity}")
-        if experts and (control != "hinge" or self.calibration_rows):
-            raise UserError(f"{granularity} takes capacity_control hinge and calibration_rows 0")
         if control == "regression" and not (granularity.endswith("_sequence") and frozen):
             raise UserError("capacity_control regression is for routers of sequences on a frozen backbone; use budget")
         if control != "hinge" and self.mixed_precision == "fp16":

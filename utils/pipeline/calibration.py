@@ -19,9 +19,13 @@ from tqdm.auto import tqdm
 
 from utils.io.errors import UserError
 from utils.model.checkpoint import set_thresholds
+from utils.model.configuration_mod import MoDSettings
 from utils.model.routing_mod import Decision
 
-from .capacity_control import FORWARD_INPUTS
+from .capacity_control import FORWARD_INPUTS, of_assigned
+
+Cut = float | list[float]
+"""The logit from which a layer's inputs are kept; where experts are routed, one for each expert."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +37,13 @@ LARGEST_CUT = 4.0
 def calibrate(
     model: nn.Module,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    cuts: Mapping[int, tuple[float, float]],
+    cuts: Mapping[int, tuple[Cut, float]],
     target: float,
     tolerance: float = 0.004,
     runs: int = 5,
     progress: bool = False,
     reference: tuple[torch.Tensor, float] | None = None,
-) -> tuple[dict[int, float], float]:
+) -> tuple[dict[int, Cut], float]:
     """Find cuts that keep a share `target` of the inputs.
 
     Args:
@@ -82,14 +86,15 @@ def calibrate(
     finally:
         model.train(training)
     _, shift, share = best
-    return {layer: cut + shift * scale for layer, (cut, scale) in cuts.items()}, share
+    moved = {layer: torch.tensor(cut, dtype=torch.float64) + shift * scale for layer, (cut, scale) in cuts.items()}
+    return {layer: cut.tolist() for layer, cut in moved.items()}, share
 
 
 @torch.no_grad()
 def logits_of_routers(
     model: nn.Module,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    cuts: Mapping[int, tuple[float, float]],
+    cuts: Mapping[int, tuple[Cut, float]],
     gates_of: Callable[[torch.Tensor], torch.Tensor],
     execution: str | None = None,
 ) -> torch.Tensor:
@@ -104,12 +109,12 @@ def logits_of_routers(
     mask = None
     routers = model.router_modules()
 
-    def rule(layer: int, inputs: torch.Tensor) -> Decision:
+    def rule(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
         cut, scale = cuts[layer]
-        values = (routers[layer](inputs) - cut) / scale
-        seen.append(values[mask] if values.dim() == 2 else values)
+        values = of_assigned((routers[layer](inputs) - torch.tensor(cut, device=inputs.device)) / scale, experts)
+        seen.append(values if values.dim() == 1 else values[mask].flatten())
         gates = gates_of(values)
-        return Decision(gates, gates)
+        return Decision(gates, gates, experts)
 
     for batch in batches:
         mask = batch["attention_mask"].bool()
@@ -133,7 +138,7 @@ def _quantile(values: torch.Tensor, share: float) -> float:
     return float(ordered[place - 1] + ordered[place]) / 2
 
 
-def fold(cuts: Mapping[int, float]) -> tuple[list[float], dict[int, float]]:
+def fold(cuts: Mapping[int, Cut]) -> tuple[list[Cut], dict[int, float]]:
     """Turn cuts into thresholds.
 
     Args:
@@ -143,12 +148,23 @@ def fold(cuts: Mapping[int, float]) -> tuple[list[float], dict[int, float]]:
         The thresholds in the order of the layers, and layer index -> the factor by which the layer's router is to be
         multiplied with them: below 1 where the cut lies far out. What is kept stays the same.
     """
-    factors = {layer: min(1.0, LARGEST_CUT / max(abs(cut), 1e-9)) for layer, cut in cuts.items()}
-    return [1 / (1 + math.exp(-cut * factors[layer])) for layer, cut in cuts.items()], factors
+    factors = {layer: min(1.0, LARGEST_CUT / max(_farthest(cut), 1e-9)) for layer, cut in cuts.items()}
+    logits = [torch.tensor(cut, dtype=torch.float64) * factors[layer] for layer, cut in cuts.items()]
+    return [cut.sigmoid().tolist() for cut in logits], factors
+
+
+def cuts_of(settings: MoDSettings) -> dict[int, Cut]:
+    """Return layer index -> the logit from which an input is kept, of the thresholds in the settings."""
+    thresholds = {layer: settings.threshold_of(layer) for layer in settings.layers}
+    return {layer: torch.tensor(value, dtype=torch.float64).logit().tolist() for layer, value in thresholds.items()}
+
+
+def _farthest(cut: Cut) -> float:
+    return float(torch.tensor(cut).abs().max())
 
 
 @torch.no_grad()
-def settle(model: nn.Module, cuts: Mapping[int, float], scales: Mapping[int, float]) -> dict[int, float]:
+def settle(model: nn.Module, cuts: Mapping[int, Cut], scales: Mapping[int, float]) -> dict[int, float]:
     """Let a model decide by these cuts: set its thresholds, and with them its routers where a cut lies far out.
 
     Args:
@@ -168,7 +184,7 @@ def settle(model: nn.Module, cuts: Mapping[int, float], scales: Mapping[int, flo
 
 def settled_cuts(
     model: nn.Module, units: Mapping[int, float] | None, control: str | None = None
-) -> dict[int, tuple[float, float]]:
+) -> dict[int, tuple[Cut, float]]:
     """Return the cuts that a model decides by and their units, as `calibrate` takes them.
 
     Args:
@@ -182,9 +198,9 @@ def settled_cuts(
     settings = model.config.mod_settings
     if not any(router.weight.any() for router in model.router_modules().values()):
         raise UserError("its routers are at zero: whatever the thresholds, they keep or skip everything")
-    cuts = {layer: math.log(tau / (1 - tau)) for layer in settings.layers for tau in [settings.threshold_of(layer)]}
+    cuts = cuts_of(settings)
     if units is None:
-        scaled = any(abs(cut) > LARGEST_CUT - 1e-6 for cut in cuts.values())
+        scaled = any(_farthest(cut) > LARGEST_CUT - 1e-6 for cut in cuts.values())
         if scaled or control not in ("regression", "hinge"):
             why = "routers were scaled" if scaled else f"it was trained with capacity_control {control or 'unknown'}"
             raise UserError(

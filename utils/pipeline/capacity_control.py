@@ -24,6 +24,9 @@ the whole accumulation window. At a minimum of `L` under `C = s` a common shift 
 
 In a checkpoint the layer's threshold stands for intercept, shift and mean: `W_l x` is at least
 `W_l m_l + s_l (h - b_l)` exactly where `z >= h`.
+
+**Experts.** Where they are routed, `W_l` has a row, and `b_l` an intercept, for each expert of the layer; an input is
+the assignment of a token to an expert, `z` is that expert's, and the layer's threshold is one for each expert.
 """
 
 import math
@@ -73,18 +76,20 @@ class BudgetControl:
 
         Args:
             moments: layer index -> mean and standard deviation of the router's inputs, float32 [hidden_size].
-            threshold_of: layer index -> threshold.
+            threshold_of: layer index -> threshold, of experts one or one for each.
             margins: layer index -> how far above the others a router at zero starts, in logits; None for all alike.
         """
         device = next(iter(self.routers.values())).weight.device
         self.means = torch.stack([moments[layer][0] for layer in self.routers]).to(device)
         self.scales = torch.stack([moments[layer][1].mean() for layer in self.routers]).clamp(min=1e-6).to(device)
         margins = dict.fromkeys(self.routers, 0.0) if margins is None else margins
-        intercepts = _around_start([margins[layer] for layer in self.routers]).to(self.scales)
+        starts = _around_start([margins[layer] for layer in self.routers]).to(self.scales)
+        centres = [router(mean) for router, mean in zip(self.routers.values(), self.means, strict=True)]
+        intercepts = torch.stack([start.expand_as(c) for start, c in zip(starts, centres, strict=True)])
         for place, (layer, router) in enumerate(self.routers.items()):
             if router.weight.any():
-                centre = float(router(self.means[place])) - _logit(threshold_of(layer))
-                intercepts[place] = centre / float(self.scales[place])
+                cut = torch.tensor(threshold_of(layer), device=device).logit()
+                intercepts[place] = (centres[place] - cut) / self.scales[place]
         self._make_state(intercepts)
 
     def _make_state(self, intercepts: torch.Tensor) -> None:
@@ -102,7 +107,7 @@ class BudgetControl:
         self.capacity = zero.clone()
 
     def centred(self, layer: int, inputs: torch.Tensor) -> torch.Tensor:
-        """Return `z` [...] for the router's `inputs` [..., hidden_size] of a layer."""
+        """Return `z` [...], of experts [..., num_experts], for the router's `inputs` [..., hidden_size] of a layer."""
         place, router = self.places[layer], self.routers[layer]
         return (router(inputs) - router(self.means[place])) / self.scales[place] + self.intercepts[place]
 
@@ -121,14 +126,14 @@ class BudgetControl:
         """
         keys = row_keys(input_ids, attention_mask)
 
-        def draw(layer: int, inputs: torch.Tensor) -> Decision:
-            z = self.centred(layer, inputs) - self.shift
+        def draw(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
+            z = of_assigned(self.centred(layer, inputs), experts) - self.shift
             scores = torch.sigmoid(z - self.probes[1])
             z = z - self.probes[0]
             p = torch.sigmoid(z.detach())
-            drawn = (uniform(keys, self.steps, layer, None if p.dim() == 1 else p.shape[1]) < p).to(p.dtype)
-            slope = torch.where(drawn > 0, 1 - p, p) / 2
-            return Decision(scores, drawn + slope * (z - z.detach()))
+            drawn = uniform(keys, self.steps, layer, None if p.dim() == 1 else p.shape[1], experts) < p
+            slope = torch.where(drawn, 1 - p, p) / 2
+            return Decision(scores, drawn.to(p.dtype) + slope * (z - z.detach()), experts)
 
         return draw
 
@@ -152,8 +157,9 @@ class BudgetControl:
         """
         pushes = [probe.grad if probe.grad is not None else torch.zeros_like(probe) for probe in self.probes]
         gradient = self.intercepts.grad if self.intercepts.grad is not None else torch.zeros_like(self.intercepts)
-        sums = accelerator.reduce(torch.cat([gradient, torch.stack([*pushes, self.capacity])]), reduction="mean")
-        self.intercepts.grad = sums[:-3].clone()
+        parts = [gradient.flatten(), torch.stack([*pushes, self.capacity])]
+        sums = accelerator.reduce(torch.cat(parts), reduction="mean")
+        self.intercepts.grad = sums[:-3].view_as(self.intercepts).clone()
         self.optimizer.param_groups[0]["lr"] = INTERCEPT_RATE * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -173,11 +179,14 @@ class BudgetControl:
         return 1.0 - (1.0 - self.target) * min(1.0, progress / DESCENT)
 
     @torch.no_grad()
-    def cuts(self) -> dict[int, tuple[float, float]]:
-        """Return layer index -> the router's logit from which an input is kept, and the logits in one unit of `z`."""
+    def cuts(self) -> dict[int, tuple[float | list[float], float]]:
+        """Return layer index -> the router's logit from which an input is kept, and the logits in one unit of `z`.
+
+        Where experts are routed, the former is a list with one for each.
+        """
         return {
             layer: (
-                float(router(self.means[place]) + self.scales[place] * (self.shift - self.intercepts[place])),
+                (router(self.means[place]) + self.scales[place] * (self.shift - self.intercepts[place])).tolist(),
                 float(self.scales[place]),
             )
             for place, (layer, router) in enumerate(self.routers.items())
@@ -219,12 +228,12 @@ def router_moments(
     seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in model.router_modules()}
     mask = None
 
-    def keep(layer: int, inputs: torch.Tensor) -> Decision:
+    def keep(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
         values = inputs.float()[mask] if inputs.dim() == 3 else inputs.float()  # [inputs, hidden_size]
         count = torch.full_like(values[0], len(values))
         seen[layer].append(torch.stack([count, values.sum(dim=0), (values**2).sum(dim=0)]))
-        ones = torch.ones(inputs.shape[:-1], device=inputs.device)
-        return Decision(ones, ones)
+        ones = torch.ones(inputs.shape[:-1] if experts is None else experts.shape, device=inputs.device)
+        return Decision(ones, ones, experts)
 
     training = model.training
     model.eval()
@@ -249,18 +258,31 @@ def row_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
     return _mix((_mix(input_ids + 0x9E3779B1 * places) * attention_mask).sum(dim=1))
 
 
-def uniform(keys: torch.Tensor, step: int, layer: int, tokens: int | None) -> torch.Tensor:
-    """Return numbers spread evenly over [0, 1], float32 [batch] or [batch, tokens], the same for the same arguments.
+def of_assigned(logits: torch.Tensor, experts: torch.Tensor | None) -> torch.Tensor:
+    """Return the `logits` [..., num_experts] of the `experts`, int64 [..., top_k]; without experts as they are."""
+    return logits if experts is None else logits.gather(-1, experts)
+
+
+def uniform(
+    keys: torch.Tensor, step: int, layer: int, tokens: int | None, experts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return numbers spread evenly over [0, 1], float32, the same for the same arguments.
 
     Args:
         keys: of the rows, as `row_keys` returns.
         step: of the training.
         layer: index of the layer.
         tokens: number of tokens, counted from the row's first place; None for one number for each row.
+        experts: int64 [batch, tokens, top_k]; one number for each of them.
+
+    Returns:
+        [batch], [batch, tokens] or [batch, tokens, top_k].
     """
     keys = _mix(keys + 0x85EBCA6B * (step + 1) + 0xC2B2AE35 * (layer + 1))
     if tokens is not None:
         keys = _mix(keys[:, None] + 0x27D4EB2F * torch.arange(1, tokens + 1, device=keys.device))
+    if experts is not None:
+        keys = _mix(keys[..., None] + 0x165667B1 * (experts + 1))
     return ((keys.double() + 0.5) / 2**32).float()
 
 

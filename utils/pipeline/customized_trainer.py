@@ -1,7 +1,6 @@
 """The trainer: Hugging Face's own loop, with the routing loss, and capacity in the log."""
 
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,7 +16,7 @@ from utils.io.errors import UserError
 from utils.model.checkpoint import router_name, set_thresholds
 
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
-from .calibration import calibrate, fold
+from .calibration import calibrate, cuts_of, fold
 from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
@@ -129,9 +128,11 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         last["real"] = real
         tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in batches)
         sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
-        inputs = sequences
-        if self.model.config.mod_settings.level == "token":
+        inputs, settings = sequences, self.model.config.mod_settings
+        if settings.level == "token":
             inputs = sum(_mask(batch).sum() for batch in batches[:-1]) + (_mask(last) * real[:, None]).sum()
+        if settings.target == "expert":  # each assignment of a token is an input
+            inputs = inputs * self.model.config.num_experts_per_tok
         received = torch.tensor(int(self.termination.received))
         counts = torch.stack([count.to(device) for count in (tokens, sequences, inputs, received)])
         if self.args.world_size > 1:
@@ -263,8 +264,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         elif not len(calibration_rows):
             return
         else:
-            thresholds = {layer: settings.threshold_of(layer) for layer in settings.layers}
-            cuts = {layer: (math.log(value / (1 - value)), 1.0) for layer, value in thresholds.items()}
+            cuts = {layer: (cut, 1.0) for layer, cut in cuts_of(settings).items()}
         settled = {layer: cut for layer, (cut, _) in cuts.items()}
         if len(calibration_rows):
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
@@ -373,5 +373,5 @@ class _ControlSteps(TrainerCallback):
         self.trainer.step_control()
 
 
-def _threshold(cut: float) -> float:
-    return min(max(1 / (1 + math.exp(-cut)), 1e-7), 1 - 1e-7)
+def _threshold(cut: float | list[float]) -> float | list[float]:
+    return torch.tensor(cut, dtype=torch.float64).sigmoid().clamp(1e-7, 1 - 1e-7).tolist()
