@@ -2,6 +2,8 @@
 """Write a baseline that routing is measured against, as an ordinary MoD checkpoint.
 
 cosine, greedy: static Layer Drop; as many routed layers as the capacity asks for skip everything.
+expert_drop: static Expert Drop, for expert_token; the experts with the least of the gate's weight, over all routed
+    layers together, are never executed: as many as the capacity asks for, which counts the tokens assigned to them.
 random: routers that do not know what they read, at the same capacity.
 dlo: routers that predict where a layer leaves the residual stream alike, the label that DLO trains on.
 skip_transformer: routers trained by the task's loss with gates that scale the branch.
@@ -24,10 +26,15 @@ CALIBRATION_ROWS = 64
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("cosine", "greedy", "random", *TRAINED))
+    parser.add_argument("kind", choices=("cosine", "greedy", "expert_drop", "random", *TRAINED))
     parser.add_argument("--model_name_or_path", required=True, help="MoD checkpoint or dense base")
     parser.add_argument("--output_dir", required=True, help="where the checkpoint goes; must be new or empty")
     parser.add_argument("--capacity", type=float, default=0.5, help="share of inputs to execute (default: 0.5)")
+    parser.add_argument(
+        "--drop_share",
+        type=float,
+        help="expert_drop: this share of the experts instead (the paper's 0.25), whatever capacity that leaves",
+    )
     parser.add_argument("--train_file", required=True, help="data.jsonl whose text the choice is made on")
     parser.add_argument(
         "--rows", type=int, help="rows of it to use, drawn at random (default: 32, of dlo and skip_transformer 256)"
@@ -68,13 +75,15 @@ def main() -> None:
     )
     from utils.pipeline.calibration import calibrate, settle
     from utils.pipeline.held_out import held_out_results
-    from utils.pipeline.importance import greedy, most_similar
+    from utils.pipeline.importance import expert_weight, greedy, least_important, most_similar
     from utils.pipeline.trained_baselines import scaled_routers, similarity_routers
 
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not 0.0 <= args.capacity <= 1.0:
         raise UserError(f"capacity {args.capacity} must lie between 0 and 1")
+    if args.drop_share is not None and not (args.kind == "expert_drop" and 0.0 <= args.drop_share < 1.0):
+        raise UserError(f"drop_share {args.drop_share} is for expert_drop, and at least 0 and below 1")
     if args.rows < 1:
         raise UserError(f"rows {args.rows} must be at least 1")
     output_dir = Path(args.output_dir)
@@ -85,8 +94,9 @@ def main() -> None:
     settings = make_settings(
         read_config(model_dir), args.mod_n, args.granularity, threshold=0.5, target_capacity=args.capacity
     )
-    if settings.target == "expert":
-        raise UserError("baselines are for attention, MLP and block, not for expert_token")
+    kinds = ("expert_drop", "random") if settings.target == "expert" else ("cosine", "greedy", "random", *TRAINED)
+    if args.kind not in kinds:
+        raise UserError(f"{args.kind} is not for {settings.granularity}, whose baselines are {', '.join(kinds)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(model_dir)
     rows, held_out, others = split_for_training(
@@ -114,7 +124,7 @@ def main() -> None:
                 router.weight.normal_(generator=generator)
     model.to(device)
     units = None
-    if args.kind not in ("cosine", "greedy"):
+    if args.kind in ("random", *TRAINED):
         calibration = batches
         if args.kind in TRAINED:
             others = others.select(range(min(CALIBRATION_ROWS, len(others))))
@@ -126,6 +136,12 @@ def main() -> None:
         cuts, share = calibrate(model, calibration, start, args.capacity, progress=True)
         units = settle(model, cuts, {layer: scale for layer, (_, scale) in start.items()})
         logging.info("%s routers execute %.3f of the inputs", args.kind, share)
+    elif args.kind == "expert_drop":
+        weight, tokens = expert_weight(model, batches)
+        dropped = least_important(weight, tokens, args.capacity, args.drop_share)
+        executed = 1 - float(tokens[dropped].sum() / tokens.sum())
+        logging.info("dropped %d of %d experts; capacity %.4f", dropped.sum(), dropped.numel(), executed)
+        set_thresholds(model, torch.where(dropped, 0.75, 0.5).tolist())  # routers at zero score one half
     else:
         count = round((1 - args.capacity) * len(routers))
         chosen = most_similar(model, batches, count) if args.kind == "cosine" else greedy(model, batches, count, True)
@@ -140,13 +156,16 @@ def main() -> None:
 
 
 def spread(model, batches):
-    """Return layer index -> mean and standard deviation of the router's logits where everything is kept."""
+    """Return layer index -> mean and standard deviation of the router's logits where everything is kept.
+
+    Of experts, whose logits have a mean each, the standard deviation is the mean one.
+    """
     from utils.pipeline.capacity_control import router_moments
 
     moments = router_moments(model, batches)
     routers = model.router_modules()
     return {
-        layer: (float(routers[layer](mean)), float((routers[layer].weight[0] * deviation).norm()))
+        layer: (routers[layer](mean).tolist(), float((routers[layer].weight * deviation).norm(dim=1).mean()))
         for layer, (mean, deviation) in moments.items()
     }
 

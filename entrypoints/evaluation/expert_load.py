@@ -43,14 +43,15 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from utils.evaluation.expert_load import describe_load, measure_expert_load
+    from utils.evaluation.expert_load import measure_expert_load
     from utils.evaluation.prompts import cut_prompts, read_text
     from utils.io.files import write_json
     from utils.model.checkpoint import load_mod_model, load_tokenizer, make_settings, read_config
+    from utils.model.configuration_mod import EXPERT_GRANULARITY
 
-    settings = make_settings(read_config(arguments.checkpoint))
-    if settings.target != "expert":
-        raise UserError(f"{arguments.checkpoint}: routes {settings.granularity}, not expert_token")
+    granularity = make_settings(read_config(arguments.checkpoint)).granularity
+    if granularity != EXPERT_GRANULARITY:
+        raise UserError(f"{arguments.checkpoint}: routes {granularity}, not {EXPERT_GRANULARITY}")
     token_ids = load_tokenizer(arguments.checkpoint)(
         read_text(arguments.text_file), add_special_tokens=False, verbose=False
     ).input_ids
@@ -59,13 +60,12 @@ def main() -> None:
     model = load_mod_model(arguments.checkpoint, dtype="auto").to(device).eval()
     with tqdm(total=len(input_ids), unit="row", disable=None) as bar:
         load = measure_expert_load(model, input_ids, progress=bar.update)
-    described = describe_load(load, settings.layers)
     output = arguments.output or arguments.checkpoint / "expert_load.json"
-    write_json(output, {"text_file": str(arguments.text_file), "tokens": input_ids.numel(), **described})
-    for layer, experts in described["experts"].items():
-        load = experts["assigned_to_mean"]
-        print(f"layer {layer:>3}: executed {experts['capacity']:.2f}, load {min(load):.2f} to {max(load):.2f}")
-    print(f"executed {described['capacity']:.3f} of all assignments")
+    write_json(output, {"text_file": str(arguments.text_file), "tokens": input_ids.numel(), **load})
+    for layer, experts in load["experts"].items():
+        assigned = experts["assigned_to_mean"]
+        print(f"layer {layer:>3}: executed {experts['capacity']:.2f}, load {min(assigned):.2f} to {max(assigned):.2f}")
+    print(f"executed {load['capacity']:.3f} of all assignments")
     print(output)
 
 

@@ -46,6 +46,17 @@ def workplace(tmp_path_factory, repository, smollm2_dir):
 
 
 @pytest.fixture(scope="session")
+def upcycled(workplace, repository):
+    """The MoD checkpoint of a tiny mixture of five experts, made of the tiny Llama."""
+    run(
+        *(sys.executable, repository / "entrypoints/checkpoint/build_mod_checkpoint.py", "--folder_name", "moe-mod"),
+        *("--ckpt_root", workplace / "ckpt", "--base_model", workplace / "base", "--mod_n", 3),
+        *("--upcycle", 5, "--granularity", "expert_token"),
+    )
+    return workplace / "ckpt/moe-mod"
+
+
+@pytest.fixture(scope="session")
 def finetune(workplace, repository):
     def start(output_dir, *arguments, check=True, launcher=(sys.executable,), hinge=True, **environment):
         command = [

@@ -69,12 +69,12 @@ def data_dir(tmp_path_factory):
     return root
 
 
-def with_routers(source, directory, settings, scale, seed=1):
+def with_routers(source, directory, settings, scale, seed=1, num_experts=1):
     """Write a checkpoint whose routers decide differently for different inputs."""
     generator = torch.Generator().manual_seed(seed)
     size = read_config(source)["hidden_size"]
     routers = {
-        f"model.layers.{layer}.router.weight": scale * torch.randn(1, size, generator=generator)
+        f"model.layers.{layer}.router.weight": scale * torch.randn(num_experts, size, generator=generator)
         for layer in settings.layers
     }
     write_checkpoint(directory, source, settings, routers)
@@ -351,7 +351,18 @@ def test_smollm2_is_evaluated_as_unmodified_lm_eval_does(evaluate, smollm2_dir, 
     if granularity != "dense":
         settings = make_settings(read_config(smollm2_dir), granularity=granularity)
         directory = with_routers(smollm2_dir, tmp_path / "mod", settings, scale=0.05)
-    tasks = ("rte", "piqa", "mmlu")
+    column = "dense" if granularity == "dense" else "routed"
+    assert_evaluated_as_unmodified(evaluate, directory, tmp_path, column, tasks=("rte", "piqa", "mmlu"))
+
+
+@pytest.mark.slow
+def test_a_mixture_is_evaluated_as_unmodified_lm_eval_does(evaluate, upcycled, tmp_path):
+    settings = make_settings(read_config(upcycled))
+    directory = with_routers(upcycled, tmp_path / "mod", settings, scale=0.7, num_experts=5)
+    assert_evaluated_as_unmodified(evaluate, directory, tmp_path, "routed", tasks=("rte", "piqa"))
+
+
+def assert_evaluated_as_unmodified(evaluate, directory, tmp_path, name, tasks):
     results = []
     for batch_size in (1, 4, 16):
         code, out, error = evaluate(
@@ -360,8 +371,7 @@ def test_smollm2_is_evaluated_as_unmodified_lm_eval_does(evaluate, smollm2_dir, 
         )
         assert code == 0, error
         results.append(written(out))
-    name = "dense" if granularity == "dense" else "routed"
-    if granularity != "dense":
+    if name == "routed":
         assert 0.2 < results[0]["rows"][name]["piqa"]["capacity"]["capacity"] < 0.8
     for task in tasks:
         command = shlex.split(results[0]["lm_eval"][task])

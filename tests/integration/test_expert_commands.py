@@ -11,6 +11,7 @@ from launches import LINUX, assert_same_result, launcher
 from safetensors.torch import load_file
 
 from utils.evaluation.plots import read_figure
+from utils.model.checkpoint import load_mod_model
 
 RELOAD = """
 import sys, torch
@@ -22,20 +23,9 @@ with torch.no_grad():
 
 
 @pytest.fixture(scope="module")
-def upcycled(workplace, repository):
-    """The MoD checkpoint of a tiny mixture of five experts, made of the tiny Llama."""
-    run(
-        *(sys.executable, repository / "entrypoints/checkpoint/build_mod_checkpoint.py", "--folder_name", "moe-mod"),
-        *("--ckpt_root", workplace / "ckpt", "--base_model", workplace / "base", "--mod_n", 3),
-        *("--upcycle", 5, "--granularity", "expert_token"),
-    )
-    return workplace / "ckpt/moe-mod"
-
-
-@pytest.fixture(scope="module")
 def moe_trained(workplace, finetune, upcycled):
     """A finished run: its directory and what it printed."""
-    return workplace / "moe-out", finetune(workplace / "moe-out", "--model_name_or_path", upcycled)
+    return workplace / "moe-out", finetune(workplace / "moe-out", "--model_name_or_path", upcycled, hinge=False)
 
 
 def test_an_upcycled_base_is_an_ordinary_mixtral_with_the_llamas_attention(workplace, upcycled):
@@ -76,8 +66,6 @@ def test_training_gives_a_checkpoint_of_routers_and_a_report(moe_trained, upcycl
 
 
 def test_the_output_loads_without_the_repository_with_equal_logits(moe_trained, tmp_path):
-    from utils.model.checkpoint import load_mod_model
-
     run(
         *(sys.executable, "-I", "-c", RELOAD, moe_trained[0], tmp_path / "logits.pt"),
         cwd=tmp_path,
@@ -103,10 +91,24 @@ def test_the_load_of_each_expert_is_counted(moe_trained, repository, tmp_path):
     assert drawn == {name: load["experts"]["3"][name] for name in ("assigned", "executed")}
 
 
-def test_dropped_experts_are_never_executed_and_the_others_always(upcycled, repository, tmp_path):
-    drop = (sys.executable, repository / "entrypoints/checkpoint/drop_experts.py", upcycled, tmp_path / "dropped")
+def test_one_training_serves_another_capacity(moe_trained, repository, tmp_path):
+    command = (sys.executable, repository / "entrypoints/checkpoint/recalibrate.py", moe_trained[0])
+    run(*command, "--capacity", 0.3, "--rows", 24, "--output_dir", tmp_path / "out", cwd=repository)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["recalibration"]["calibration"]["capacity"] == pytest.approx(0.3, abs=0.01)
+    assert results["held_out"]["routed"]["eval_capacity"] == pytest.approx(0.3, abs=0.1)
+
+
+def build_baseline(kind, upcycled, workplace, repository, output_dir, *arguments, **options):
+    command = (sys.executable, repository / "entrypoints/checkpoint/build_baseline.py", kind)
+    text = ("--train_file", workplace / "data/alpaca/data.jsonl", "--rows", 12, "--max_seq_length", 96)
+    where = ("--model_name_or_path", upcycled, "--output_dir", output_dir)
+    return run(*command, *where, *text, *arguments, **options)
+
+
+def test_dropped_experts_are_never_executed_and_the_others_always(upcycled, workplace, repository, tmp_path):
+    build_baseline("expert_drop", upcycled, workplace, repository, tmp_path / "dropped", "--drop_share", 0.4)
     text = ("--rows", 3, "--length", 50)
-    run(*drop, "--share", 0.4, *text)
     run(*(sys.executable, repository / "entrypoints/evaluation/expert_load.py", tmp_path / "dropped"), *text)
     load = json.loads((tmp_path / "dropped/expert_load.json").read_text())
     thresholds = json.loads((tmp_path / "dropped/config.json").read_text())["mod"]["threshold"]
@@ -114,9 +116,24 @@ def test_dropped_experts_are_never_executed_and_the_others_always(upcycled, repo
     for row, layer in zip(thresholds, load["experts"].values(), strict=True):
         for value, assigned, executed in zip(row, layer["assigned"], layer["executed"], strict=True):
             assert executed == (0 if value > 0.5 else assigned)
-    again = run(*drop, check=False)
-    assert again.returncode != 0
-    assert again.stderr.strip().splitlines()[-1].endswith("is there already; choose another")
+
+
+@pytest.mark.parametrize("kind", ["expert_drop", "random"])
+def test_a_baseline_of_experts_is_at_its_capacity(upcycled, workplace, repository, tmp_path, kind):
+    build_baseline(kind, upcycled, workplace, repository, tmp_path / "out", "--capacity", 0.7)
+    held_out = json.loads((tmp_path / "out/results.json").read_text())["held_out"]
+    assert held_out["routed"]["eval_capacity"] == pytest.approx(0.7, abs=0.08)
+    assert held_out["routed"]["eval_loss"] != held_out["dense"]["dense_loss"]
+    assert load_mod_model(tmp_path / "out").config.mod_settings.granularity == "expert_token"
+    if kind == "random":
+        layers_dropped = build_baseline(
+            "cosine", upcycled, workplace, repository, tmp_path / "other", "--capacity", 0.7, check=False
+        )
+        assert (
+            layers_dropped.stderr.strip()
+            .splitlines()[-1]
+            .endswith("cosine is not for expert_token, whose baselines are expert_drop, random")
+        )
 
 
 @pytest.mark.parametrize(
@@ -140,5 +157,5 @@ def test_a_mixture_that_cannot_be_is_refused_in_one_line(workplace, repository, 
 @pytest.mark.parametrize("way", ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
 def test_the_same_routers_and_results_on_two_processes(workplace, finetune, upcycled, moe_trained, way):
     arguments = ("--model_name_or_path", upcycled, "--per_device_train_batch_size", 2)
-    finetune(workplace / f"moe-{way}", *arguments, launcher=launcher(way), DS_ACCELERATOR="cpu")
+    finetune(workplace / f"moe-{way}", *arguments, hinge=False, launcher=launcher(way), DS_ACCELERATOR="cpu")
     assert_same_result(moe_trained[0], workplace / f"moe-{way}")

@@ -4,7 +4,14 @@ import pytest
 import torch
 from model_zoo import LAYERS, make_pair, random_tokens
 
-from utils.pipeline.importance import branch_similarity, greedy, loss_without, most_similar
+from utils.pipeline.importance import (
+    branch_similarity,
+    expert_weight,
+    greedy,
+    least_important,
+    loss_without,
+    most_similar,
+)
 
 
 def batches():
@@ -40,3 +47,24 @@ def test_leaving_out_nothing_is_the_dense_loss_over_supervised_tokens():
     (batch,) = batches()
     with torch.no_grad():
         assert loss_without(model, [batch], ()) == pytest.approx(float(model(**batch, route=False).loss), rel=1e-6)
+
+
+def test_the_weight_of_experts_is_that_of_real_tokens():
+    _, model = make_pair("mixtral", "expert_token")
+    (batch,) = batches()
+    weight, tokens = expert_weight(model, [batch])
+    padded = batch["attention_mask"] == 0
+    other = {**batch, "input_ids": batch["input_ids"].masked_fill(padded, 3)}
+    assert expert_weight(model, [other])[0].allclose(weight, atol=1e-6)
+    real = int(batch["attention_mask"].sum())
+    assert tokens.sum(dim=1).tolist() == [real * model.config.num_experts_per_tok] * len(LAYERS)
+    assert weight.sum(dim=1).tolist() == pytest.approx([real] * len(LAYERS), rel=1e-5)  # a token's sum to 1
+
+
+def test_as_many_experts_go_as_the_capacity_of_assignments_asks_for():
+    weight = torch.tensor([[5.0, 1.0, 4.0], [3.0, 3.0, 4.0]], dtype=torch.float64)
+    tokens = torch.tensor([[40.0, 20.0, 40.0], [40.0, 20.0, 40.0]], dtype=torch.float64)
+    assert least_important(weight, tokens, 0.9).tolist() == [[False, True, False], [False, False, False]]
+    assert least_important(weight, tokens, 0.72).tolist() == [[False, True, False], [True, False, False]]
+    assert not least_important(weight, tokens, 1.0).any()
+    assert least_important(weight, tokens, 1.0, share=0.5).sum() == 3

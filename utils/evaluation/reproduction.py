@@ -376,9 +376,6 @@ def _baseline(kind: str, environment: dict[str, str], output: str, changes: Chan
     """Return the command that makes a checkpoint without training, for what a training would have been set to."""
     checkpoint, capacity = f"ckpt/{environment['FOLDER_NAME']}", float(environment["TARGET_CAPACITY"])
     mod_n = ["--mod_n", environment["MOD_N"]] if "MOD_N" in environment else []
-    if kind == "expert_drop":
-        share = ["--share", f"{1 - capacity:g}"]
-        return ["python", "entrypoints/checkpoint/drop_experts.py", checkpoint, output, *share, *mod_n]
     options = {
         "model_name_or_path": checkpoint,
         "output_dir": output,

@@ -1,8 +1,8 @@
-"""Which layers can be left out for all inputs: static Layer Drop, against which routing is measured.
+"""Which layers or experts can be left out for all inputs: static drops, against which routing is measured.
 
 By cosine similarity, as the paper's baseline does (Figures 2 and 3): the layers whose branch changes the residual
 stream least. Greedily by loss: one layer after the other, each time the one without which the loss on some text is
-lowest.
+lowest. Experts by the weight that the model's gate gives them (Expert Drop, Table 7).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -137,3 +137,65 @@ def greedy(model: nn.Module, batches: Sequence[Batch], count: int, progress: boo
                     bar.update()
             chosen.append(min(losses, key=losses.get))
     return chosen
+
+
+@torch.no_grad()
+def expert_weight(model: nn.Module, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the weight that the gates of the dense model give each expert of the routed layers, and count its tokens.
+
+    Args:
+        model: routed at `expert_token`; it runs densely.
+        batches: text.
+
+    Returns:
+        Twice float64 [routed layers, experts]: weight, and tokens assigned.
+    """
+    layers, num_experts = model.config.mod_settings.layers, model.config.num_experts
+    weight, tokens = torch.zeros(2, len(layers), num_experts, dtype=torch.float64).unbind()
+    mask = torch.ones(0)
+
+    def add(place: int) -> Callable:
+        def collect(gate, args, output):
+            _, weights, experts = (values.cpu() for values in output)  # the last two [batch * tokens, top_k]
+            chosen = experts[mask].flatten()
+            weight[place] += chosen.bincount(weights[mask].flatten().double(), minlength=num_experts)
+            tokens[place] += chosen.bincount(minlength=num_experts)
+
+        return collect
+
+    decoder = model.get_decoder().layers
+    hooks = [decoder[layer].mlp.gate.register_forward_hook(add(place)) for place, layer in enumerate(layers)]
+    try:
+        for batch in batches:
+            mask = batch["attention_mask"].bool().flatten().cpu()
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            model(**inputs, route=False, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return weight, tokens
+
+
+def least_important(
+    weight: torch.Tensor, tokens: torch.Tensor, capacity: float, share: float | None = None
+) -> torch.Tensor:
+    """Choose the experts with the least weight, relative to their layer's, over all layers together.
+
+    Args:
+        weight: [layers, experts], as `expert_weight` returns it.
+        tokens: the same shape, assigned.
+        capacity: share of the assignments to execute; as many experts are chosen as come nearest to it.
+        share: of the experts to choose instead, in [0, 1).
+
+    Returns:
+        bool [layers, experts], True for the chosen ones.
+    """
+    order = (weight / weight.sum(dim=1, keepdim=True)).flatten().argsort(stable=True)
+    if share is None:
+        left = 1 - torch.cat([tokens.new_zeros(1), tokens.flatten()[order].cumsum(0) / tokens.sum()])
+        count = int((left - capacity).abs().argmin())
+    else:
+        count = round(share * len(order))
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[:count]] = True
+    return chosen.view_as(weight)
