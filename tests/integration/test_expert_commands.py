@@ -158,4 +158,4 @@ def test_a_mixture_that_cannot_be_is_refused_in_one_line(workplace, repository, 
 def test_the_same_routers_and_results_on_two_processes(workplace, finetune, upcycled, moe_trained, way):
     arguments = ("--model_name_or_path", upcycled, "--per_device_train_batch_size", 2)
     finetune(workplace / f"moe-{way}", *arguments, hinge=False, launcher=launcher(way), DS_ACCELERATOR="cpu")
-    assert_same_result(moe_trained[0], workplace / f"moe-{way}")
+    assert_same_result(moe_trained[0], workplace / f"moe-{way}", bound=2e-5)  # the rows' sums differ by rounding
