@@ -345,12 +345,20 @@ def test_figures_of_layers_and_series(tmp_path):
     for number, run in enumerate(plan.runs):
         write_files(run.folder, loss=1.6 + number, piqa=0.65, seconds=1.6)
     kind, value = figure_of(plan, collect(plan))
-    assert kind == "series"
-    assert [(one["name"], one["x"]) for one in value["series"]] == [
-        ("routed", [0.125, 0.25, 0.5]),
-        ("dropped", [0.125, 0.25, 0.5]),
+    assert kind == "pareto"
+    loss, average = value["panels"]
+    assert [(one["name"], [(point["x"], point["y"]) for point in one["points"]]) for one in loss["series"]] == [
+        ("routed", [(0.5, 1.6), (0.5, 2.6), (0.5, 3.6)]),  # over the capacity that was reached
+        ("dropped", [(0.5, 4.6), (0.5, 5.6), (0.5, 6.6)]),
+        ("dense", [(1.0, 1.5)]),
     ]
-    assert value["dense"] == 1.5
+    assert {point["stderr"] for one in average["series"] for point in one["points"]} == {2.0}
+    plan = plan_of("figure6", "small", tmp_path / "layers")
+    for run in plan.runs:
+        write_files(run.folder, loss=1.6, piqa=0.65, seconds=1.6)
+    kind, value = figure_of(plan, collect(plan))
+    assert kind == "series"
+    assert [(one["name"], one["x"]) for one in value["series"]] == [("smollm2", [4, 14, 24])]
 
 
 def test_a_grid_has_a_run_for_each_choice(tmp_path):

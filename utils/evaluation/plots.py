@@ -202,7 +202,8 @@ def pareto_of(records: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, An
     """Turn measurements into a `pareto` figure: a line for each method, and each granularity where there are several.
 
     Args:
-        records: each with `name` (the method), `granularity` and numbers; those that lack `x` or `y` are left out.
+        records: each with `name` (the method), numbers, and where there are several `granularity`; those that lack
+            `x` or `y` are left out.
         x, y: which numbers, such as `capacity` and `loss_increase`; `{y}_stderr` is drawn where it is there.
 
     Raises:

@@ -100,6 +100,11 @@ def figure_of(plan: Plan, result: dict[str, Any]) -> tuple[str, Any] | None:
         panels = [_speed_panel(result, y) for y in wanted["y"]]
         panels = [panel for panel in panels if len(panel["points"]) > 1]
         return ("pareto", {"panels": panels}) if panels else None
+    if wanted["kind"] == "capacity":  # what was reached, which is not quite what was asked for
+        rows = [*result["rows"], {"name": "dense", **result["dense"]}]
+        records = [{"name": row["name"].split()[0], **row["ours"]} for row in rows if "capacity" in row["ours"]]
+        measured = [y for y in wanted["y"] if any(y in record for record in records)]
+        return ("pareto", {"panels": [pareto_of(records, "capacity", y) for y in measured]}) if measured else None
     rows = [row for row in result["rows"] if wanted["y"] in row["ours"]]
     series: dict[str, dict[str, Any]] = {}
     for row in rows:
