@@ -76,7 +76,14 @@ def main() -> None:
         write_checkpoint,
     )
     from utils.model.lora import holds_adapter
-    from utils.pipeline.calibration import calibrate, settle, settled_cuts
+    from utils.pipeline.calibration import (
+        REFERENCE_FILE,
+        calibrate,
+        pack_reference,
+        settle,
+        settled_cuts,
+        unpack_reference,
+    )
     from utils.pipeline.held_out import held_out_results
     from utils.pipeline.run_directory import installed_versions
 
@@ -99,9 +106,11 @@ def main() -> None:
         cuts = settled_cuts(model, read_units(args.checkpoint), record.get("capacity_control"))
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from None
-    settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True)
+    packed = read_reference(args.checkpoint)
+    reference = unpack_reference(packed) if packed else None
+    settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True, reference=reference)
     rows = sum(len(batch["labels"]) for batch in calibration)
-    logging.info("calibrated on %d rows: they execute %.3f of their inputs", rows, share)
+    logging.info("calibrated on %d rows: %.3f of the inputs are executed", rows, share)
     units = settle(model, settled, {layer: scale for layer, (_, scale) in cuts.items()})
 
     results = {"held_out": held_out_results(model, held_out)}
@@ -115,6 +124,10 @@ def main() -> None:
     routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "results.json", results)
+    if packed:
+        layer = settings.layers[0]  # the shift is the same for all
+        shift = (settled[layer] - cuts[layer][0]) / cuts[layer][1]
+        write_json(args.output_dir / REFERENCE_FILE, pack_reference(*reference, shift))
     write_checkpoint(args.output_dir, args.checkpoint, model.config.mod_settings, routers, units=units)
     print(args.output_dir)
 
@@ -155,6 +168,17 @@ def complete(args) -> dict:
     for name in FROM_RECORD:
         setattr(args, name, record[name])
     return record
+
+
+def read_reference(checkpoint) -> dict | None:
+    """Return the reference that a regression's thresholds were calibrated with, None where there was none."""
+    from utils.pipeline.calibration import REFERENCE_FILE
+
+    path = checkpoint / REFERENCE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        raise UserError(f"{path} is damaged") from None
 
 
 def prepare_rows(args, record, tokenizer) -> tuple[list, list]:

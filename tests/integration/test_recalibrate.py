@@ -1,6 +1,7 @@
 """One training serves any capacity: `recalibrate.py` shifts the thresholds of what was trained."""
 
 import json
+import math
 import shutil
 import sys
 
@@ -42,6 +43,12 @@ def results_of(directory):
 
 def threshold_of(directory):
     return json.loads((directory / "config.json").read_text())["mod"]["threshold"]
+
+
+def cuts_in_units(directory):
+    """What stays the same where routers and thresholds are scaled together."""
+    units = read_units(directory).values()
+    return [math.log(tau / (1 - tau)) / unit for tau, unit in zip(threshold_of(directory), units, strict=True)]
 
 
 def test_another_capacity_is_met_on_rows_that_were_not_trained_on(by_budget, recalibrate, repository, tmp_path):
@@ -86,6 +93,15 @@ def test_routers_of_sequences_shift_too(workplace, finetune, recalibrate, tmp_pa
     recalibrate(tmp_path / "run", "--capacity", 0.5)
     calibration = results_of(tmp_path / "out")["recalibration"]["calibration"]
     assert calibration["capacity"] == pytest.approx(0.5, abs=1 / calibration["rows"])
+    back = tmp_path / "back"
+    recalibrate(tmp_path / "out", "--capacity", 0.7, "--rows", 5, "--output_dir", back)
+    wanted, got = results_of(tmp_path / "run")["held_out"]["routed"], results_of(back)["held_out"]["routed"]
+    assert got["eval_capacity"] == pytest.approx(wanted["eval_capacity"], abs=0.05)
+    cuts = [cuts_in_units(tmp_path / name) for name in ("run", "out", "back")]
+    assert cuts[1] != pytest.approx(cuts[0], rel=0.02)
+    assert cuts[2] == pytest.approx(cuts[0], rel=0.02)
+    for directory in ("run", "out", "back"):
+        assert (tmp_path / directory / "calibration.json").is_file()
 
 
 def strip_units(checkpoint, copy):

@@ -1,5 +1,6 @@
 """Control by a budget: a toy with a known answer, draws that do not depend on the batch, calibration, and resuming."""
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,15 @@ from model_zoo import make_pair, randomize_routers
 
 from utils.io.errors import UserError
 from utils.model.routing_mod import Decision, MoDRouter
-from utils.pipeline.calibration import LARGEST_CUT, calibrate, fold, settle, settled_cuts
+from utils.pipeline.calibration import (
+    LARGEST_CUT,
+    calibrate,
+    fold,
+    pack_reference,
+    settle,
+    settled_cuts,
+    unpack_reference,
+)
 from utils.pipeline.capacity_control import BudgetControl, row_keys, uniform
 from utils.pipeline.losses import capacity_hinge
 from utils.pipeline.regression_control import RegressionControl, ridge
@@ -332,3 +341,11 @@ class TestSettledCuts:
         scaled, _ = self.settled(dict.fromkeys(MODEL_LAYERS, 5.0), dict.fromkeys(MODEL_LAYERS, 1.0))
         with pytest.raises(UserError, match="routers were scaled"):
             settled_cuts(scaled, None, "regression")
+
+    def test_a_reference_in_json_has_the_same_distribution_relative_to_the_cuts_since(self):
+        values = torch.randn(3000, generator=torch.Generator().manual_seed(6)) * 4
+        again, gate = unpack_reference(json.loads(json.dumps(pack_reference(values, 0.7, 1.5))))
+        assert (len(again), gate) == (3000, 0.7)
+        for bound in (-3.0, 0.0, 2.0):
+            share = (values >= bound).double().mean()
+            assert (again >= bound - 1.5).double().mean() == pytest.approx(float(share), abs=0.002)

@@ -384,5 +384,7 @@ def _baseline(kind: str, environment: dict[str, str], output: str, changes: Chan
         "granularity": environment["GRANULARITY"],
         "max_seq_length": environment["MAX_SEQ_LENGTH"],
     }
+    if kind in ("dlo", "skip_transformer"):  # which are trained: on as many rows as what they stand beside
+        options["rows"] = environment["MAX_TRAIN_SAMPLES"]
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
     return ["python", "entrypoints/checkpoint/build_baseline.py", kind, *given, *mod_n, *changes.of_type]

@@ -12,6 +12,7 @@ and the calibration rows, run both ways, only how much skipping moves it: a cont
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,10 @@ Cut = float | list[float]
 """The logit from which a layer's inputs are kept; where experts are routed, one for each expert."""
 
 logger = logging.getLogger(__name__)
+
+REFERENCE_FILE = "calibration.json"
+"""In a run's output directory: the `reference` that its thresholds were calibrated with, if any."""
+QUANTILES = 1001
 
 LARGEST_CUT = 4.0
 """Logits of routers are scaled so that no cut is farther from 0: far out a float32 sigmoid tells no two apart."""
@@ -88,6 +93,27 @@ def calibrate(
     _, shift, share = best
     moved = {layer: torch.tensor(cut, dtype=torch.float64) + shift * scale for layer, (cut, scale) in cuts.items()}
     return {layer: cut.tolist() for layer, cut in moved.items()}, share
+
+
+def pack_reference(values: torch.Tensor, gate: float, shift: float) -> dict[str, Any]:
+    """Return what `calibrate` takes as `reference` for JSON, its distribution in place of single values.
+
+    Args:
+        values: `u`, float [inputs].
+        gate: the value that all gates had.
+        shift: added to the cuts since, in units of `u`.
+    """
+    shares = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
+    quantiles = (values.double().quantile(shares) - shift).tolist()
+    return {"gate": gate, "inputs": len(values), "quantiles": [round(value, 6) for value in quantiles]}
+
+
+def unpack_reference(packed: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
+    """Return what `pack_reference` was given, relative to the cuts since: as many values of the same distribution."""
+    quantiles = torch.tensor(packed["quantiles"], dtype=torch.float64)
+    places = (torch.arange(packed["inputs"], dtype=torch.float64) + 0.5) / packed["inputs"] * (len(quantiles) - 1)
+    below = places.long().clamp(max=len(quantiles) - 2)
+    return torch.lerp(quantiles[below], quantiles[below + 1], places - below).float(), packed["gate"]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from utils.io.errors import UserError
 from utils.model.checkpoint import router_name, set_thresholds
 
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
-from .calibration import calibrate, cuts_of, fold
+from .calibration import calibrate, cuts_of, fold, pack_reference
 from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
@@ -65,6 +65,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self.add_callback(self.termination)
         layers = self.model.config.mod_settings.layers
         self.units = dict.fromkeys(layers, 1.0)  # of the routers' logits, for later shifts of all thresholds
+        self.reference: dict[str, Any] | None = None  # for such shifts, what routers make of rows that they never saw
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
         self._window_inputs = self._window_tokens = torch.ones(())  # of all processes
@@ -277,6 +278,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if factor != 1.0:
                 self.set_router(routers[layer], weights[router_name(layer)] * factor)
         self.units = {layer: factor * cuts[layer][1] for layer, factor in factors.items()}
+        if reference is not None:
+            layer = settings.layers[0]  # the shift is the same for all
+            self.reference = pack_reference(*reference, (settled[layer] - cuts[layer][0]) / cuts[layer][1])
         set_thresholds(self.model, thresholds)
         self.capacity_control = None
 

@@ -104,7 +104,7 @@ def _layer_inputs(model: nn.Module, batches: Sequence[Batch], bar: tqdm):
 
 
 def scaled_routers(
-    model: nn.Module, batches: Sequence[Batch], capacity: float, epochs: int = 2, progress: bool = False
+    model: nn.Module, batches: Sequence[Batch], capacity: float, epochs: int = 1, progress: bool = False
 ) -> dict[int, tuple[float, float]]:
     """Train a model's routers by gates that scale the branch.
 
