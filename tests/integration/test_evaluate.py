@@ -307,6 +307,20 @@ def test_local_tasks_are_the_built_in_ones_but_for_their_data(repository, data_d
         assert all(prompt.count(question) == 1 for question, _ in MMLU["anatomy"])
 
 
+def test_rows_that_are_the_same_are_no_examples_of_each_other(repository, data_dir, tmp_path):
+    rows = (data_dir / "mmlu.jsonl").read_text().splitlines()
+    anatomy = [row for row in rows if "anatomy" in row]
+    (tmp_path / "mmlu.jsonl").write_text("\n".join([*anatomy, anatomy[0]]))
+    table = read_table(repository / "configs/evaluation/table1.yaml", ["mmlu"])
+    prepared = prepare_local_tasks(table.columns, find_tasks(table.columns), tmp_path, tmp_path / "tasks")
+    assert prepared["mmlu"].shots == 2  # of four rows, two of them the same
+    task = find_tasks(table.columns, include=tmp_path / "tasks").load("local_mmlu_anatomy")["tasks"][
+        "local_mmlu_anatomy"
+    ]
+    task.set_fewshot_seed(1234)
+    task.build_all_requests(rank=0, world_size=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

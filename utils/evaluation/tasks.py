@@ -9,7 +9,7 @@ Local files are JSON lines with the rows of the task's data set on the hub: `TAS
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,8 @@ def _write_task(
     )
     splits[evaluated] = config[evaluated]
     data = {config[evaluated]: str(files["items"].resolve())}
-    pool = len(rows["items"]) - 1
+    # the harness leaves an item out of its own examples, and with it every row that is the same
+    pool = len(rows["items"]) - max(Counter(json.dumps(row, sort_keys=True) for row in rows["items"]).values())
     if "shots" in files:
         source = "fewshot_split" if config.get("fewshot_split") else "training_split"
         splits[source] = config[source]
