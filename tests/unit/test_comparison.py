@@ -45,8 +45,9 @@ def test_seeds_are_put_together_and_compared_at_the_capacity_they_reached():
 
 def test_other_settings_are_other_rows_and_the_best_one_stands_in_the_figure():
     runs = [line("routed", 0.75, gain, settings={"learning rate": rate}) for rate, gain in ((1e-5, 0.4), (1e-4, 0.2))]
+    runs.append(line("routed", 0.99, 0.01, settings={"learning rate": 0.0}))  # skips nothing, and is no better
     summaries = summarize([*runs, *COSINE])
-    assert len(summaries) == 4
+    assert len(summaries) == 5
     assert "learning rate" in comparison_table(summaries).splitlines()[0]
     routed, *static = best_of(summaries)
     assert routed == {"name": "routed", "granularity": "attn_sequence", "capacity": 0.75, "loss_increase": 0.2}

@@ -16,6 +16,8 @@ Line = dict[str, Any]
 
 STATIC = ("cosine", "greedy")
 """Baselines that skip the same layers for every input: they are one curve for both levels of a granularity."""
+NEAR = 0.05
+"""Distance of a capacity from its target within which settings are compared by their loss alone."""
 
 
 def static_curve(lines: Iterable[Line], kind: str, granularity: str) -> list[tuple[float, float]]:
@@ -102,16 +104,23 @@ def comparison_table(summaries: Sequence[Line]) -> str:
 def best_of(summaries: Sequence[Line]) -> list[Line]:
     """Return what `plots.pareto_of` draws: for each way to skip and each target the settings of least loss.
 
+    Settings that end far from their target (`NEAR`) are drawn only where all do: to skip nothing costs nothing.
+
     Returns:
         `name` and `granularity` (of static dropping, `attn` for both levels), and the means of `capacity`,
         `loss_increase` and, where tasks were evaluated, `average`.
     """
+
+    def rank(summary: Line) -> tuple[bool, float]:
+        off = abs(summary["capacity"]["mean"] - summary["target"])
+        return off > NEAR, summary["loss_increase"]["mean"]
+
     best: dict[tuple[str, str, float], Line] = {}
     for summary in summaries:
         granularity = summary["granularity"]
         granularity = granularity.split("_")[0] if summary["kind"] in STATIC else granularity
         place = granularity, summary["kind"], summary["target"]
-        if place not in best or summary["loss_increase"]["mean"] < best[place]["loss_increase"]["mean"]:
+        if place not in best or rank(summary) < rank(best[place]):
             best[place] = summary
     names = ("capacity", "loss_increase", "average")
     return [

@@ -95,7 +95,7 @@ class Run:
         name: in the table.
         entry: as it is in the table's file.
         folder: of its checkpoint and measurements.
-        steps: in order; none where only the paper has it.
+        steps: in order.
     """
 
     name: str
