@@ -62,7 +62,7 @@ def main() -> None:
     from utils.data.messages import load_messages
     from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
-    from utils.io.files import write_json
+    from utils.io.files import atomic_directory, write_json
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import (
         load_mod_model,
@@ -150,8 +150,9 @@ def main() -> None:
         set_thresholds(model, [0.75 if layer in chosen else 0.5 for layer in routers])
     results = {"kind": args.kind, "held_out": held_out_results(model, held_out_batches)}
     weights = {router_name(layer): router.weight for layer, router in routers.items()}
-    write_checkpoint(output_dir, model_dir, model.config.mod_settings, weights, units=units)
-    write_json(output_dir / "results.json", results)
+    with atomic_directory(output_dir) as unfinished:
+        write_json(unfinished / "results.json", results)
+        write_checkpoint(unfinished, model_dir, model.config.mod_settings, weights, units=units)
     print(output_dir)
 
 
