@@ -30,6 +30,8 @@ FROM_RECORD = {
     "dtype": "auto",
 }
 """What is taken from the run's record unless it is given -> what it is where there is no record."""
+HOW_ROWS_ARE_READ = ("max_seq_length", "chat_format", "sequence_pooling")
+"""Where one of these is another than the run's, what its routers made of its own rows says nothing."""
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -65,7 +67,7 @@ def main() -> None:
 
     import torch
 
-    from utils.io.files import write_json
+    from utils.io.files import atomic_directory, write_json
     from utils.model.checkpoint import (
         load_mod_model,
         load_tokenizer,
@@ -106,9 +108,11 @@ def main() -> None:
         cuts = settled_cuts(model, read_units(args.checkpoint), record.get("capacity_control"))
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from None
-    packed = read_reference(args.checkpoint)
+    packed = read_reference(args.checkpoint) if args.as_trained else None
     reference = unpack_reference(packed) if packed else None
-    settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True, reference=reference)
+    # of another file what routers make of the run's rows says nothing
+    of_this_text = None if args.calibration_file else reference
+    settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True, reference=of_this_text)
     rows = sum(len(batch["labels"]) for batch in calibration)
     logging.info("calibrated on %d rows: %.3f of the inputs are executed", rows, share)
     units = settle(model, settled, {layer: scale for layer, (_, scale) in cuts.items()})
@@ -122,13 +126,13 @@ def main() -> None:
         "versions": installed_versions(),
     }
     routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "results.json", results)
-    if packed:
-        layer = settings.layers[0]  # the shift is the same for all
-        shift = (settled[layer] - cuts[layer][0]) / cuts[layer][1]
-        write_json(args.output_dir / REFERENCE_FILE, pack_reference(*reference, shift))
-    write_checkpoint(args.output_dir, args.checkpoint, model.config.mod_settings, routers, units=units)
+    with atomic_directory(args.output_dir) as unfinished:
+        write_json(unfinished / "results.json", results)
+        if reference is not None:
+            layer = settings.layers[0]  # the shift is the same for all
+            shift = (settled[layer] - cuts[layer][0]) / cuts[layer][1]
+            write_json(unfinished / REFERENCE_FILE, pack_reference(*reference, shift))
+        write_checkpoint(unfinished, args.checkpoint, model.config.mod_settings, routers, units=units)
     print(args.output_dir)
 
 
@@ -162,7 +166,9 @@ def complete(args) -> dict:
             "or give a --calibration_file of other rows"
         )
     given = {name: getattr(args, name) for name in FROM_RECORD if getattr(args, name) is not None}
-    record = FROM_RECORD | {"calibration_rows": 0} | record | given
+    record = FROM_RECORD | {"calibration_rows": 0} | record
+    args.as_trained = all(given.get(name, record[name]) == record[name] for name in HOW_ROWS_ARE_READ)
+    record |= given
     if record["train_file"] is None and not (args.calibration_file and record["eval_file"]):
         raise UserError("train_file: give the file that the run was trained on")
     for name in FROM_RECORD:

@@ -103,6 +103,16 @@ def test_routers_of_sequences_shift_too(workplace, finetune, recalibrate, tmp_pa
     for directory in ("run", "out", "back"):
         assert (tmp_path / directory / "calibration.json").is_file()
 
+    # what the routers make of the run's own rows has no say about another file
+    bare = shutil.copytree(tmp_path / "run", tmp_path / "bare", ignore=shutil.ignore_patterns("calibration.json"))
+    for checkpoint, name in ((tmp_path / "run", "with"), (bare, "without")):
+        other = ("--calibration_file", workplace / "data/alpaca/data.jsonl")
+        recalibrate(checkpoint, "--capacity", 0.5, "--rows", 9, *other, "--output_dir", tmp_path / name)
+    assert threshold_of(tmp_path / "with") == threshold_of(tmp_path / "without") != threshold_of(tmp_path / "out")
+    assert (tmp_path / "with/calibration.json").is_file()
+    recalibrate(tmp_path / "run", "--capacity", 0.5, "--max_seq_length", 64, "--output_dir", tmp_path / "cut")
+    assert not (tmp_path / "cut/calibration.json").exists()
+
 
 def strip_units(checkpoint, copy):
     """Copy a checkpoint, its routers as a program writes them that knows nothing of units."""
