@@ -48,6 +48,7 @@ def calibrate(
     runs: int = 5,
     progress: bool = False,
     reference: tuple[torch.Tensor, float] | None = None,
+    execution: str | None = None,
 ) -> tuple[dict[int, Cut], float]:
     """Find cuts that keep a share `target` of the inputs.
 
@@ -61,6 +62,7 @@ def calibrate(
         progress: show a bar.
         reference: `u` of inputs of other rows, float [inputs], as a router that never saw them would find it with all
             gates at the value that comes with them.
+        execution: of the model, where another than its own in evaluation is to be taken.
 
     Returns:
         Layer index -> the new cut, and the share that is executed by the run nearest to the target.
@@ -75,7 +77,7 @@ def calibrate(
             alike = logits_of_routers(model, batches, cuts, lambda u: torch.full_like(u, gate), execution="dense")
             known = torch.cat([alike, others.to(alike)])
         for _ in tqdm(range(runs), desc="calibrating thresholds", disable=not progress):
-            values = logits_of_routers(model, batches, cuts, lambda u, shift=shift: (u >= shift).to(u.dtype))
+            values = logits_of_routers(model, batches, cuts, lambda u, shift=shift: (u >= shift).to(u.dtype), execution)
             more = 0.0 if reference is None else _above(known, shift) - _above(alike, shift)
             share = _above(values, shift) + more
             best = min(best, (abs(share - target), shift, share))

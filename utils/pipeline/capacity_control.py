@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.model.checkpoint import whole_parameters
 from utils.model.routing_mod import Decision, MoDRouter
 
 START = 0.95
@@ -87,7 +88,9 @@ class BudgetControl:
         centres = [router(mean) for router, mean in zip(self.routers.values(), self.means, strict=True)]
         intercepts = torch.stack([start.expand_as(c) for start, c in zip(starts, centres, strict=True)])
         for place, (layer, router) in enumerate(self.routers.items()):
-            if router.weight.any():
+            with whole_parameters([router.weight]):
+                trained = bool(router.weight.any())
+            if trained:
                 cut = torch.tensor(threshold_of(layer), device=device).logit()
                 intercepts[place] = (centres[place] - cut) / self.scales[place]
         self._make_state(intercepts)

@@ -269,8 +269,15 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         settled = {layer: cut for layer, (cut, _) in cuts.items()}
         if len(calibration_rows):
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
-            target = self.args.target_capacity
-            settled, share = calibrate(self.model, batches, cuts, target, progress=show, reference=reference)
+            settled, share = calibrate(
+                self.model,
+                batches,
+                cuts,
+                self.args.target_capacity,
+                progress=show,
+                reference=reference,
+                execution=self._eval_execution,
+            )
             logger.info("calibrated on %d rows: %.3f of the inputs are executed", len(calibration_rows), share)
         thresholds, factors = fold(settled)
         weights = self.router_state()
