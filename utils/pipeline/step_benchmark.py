@@ -57,10 +57,9 @@ class StepBenchmark:
 
     def default_recipe(self) -> torch.Tensor:
         """Return the loss after a step of the default recipe, but for the steering between steps."""
-        mask, control = self.batch["attention_mask"], self._budget
-        if self.model.config.mod_settings.level == "sequence":
-            control = RegressionControl(self.model.router_modules(), TARGET_CAPACITY)
-        rule = control.rule(self.batch["input_ids"], mask) if control is not None else None
+        mask = self.batch["attention_mask"]
+        control = self._budget or RegressionControl(self.model.router_modules(), TARGET_CAPACITY)
+        rule = control.rule(self.batch["input_ids"], mask)
         positions, targets = self.batch["positions"], self.batch["targets"]
         if "taught" in self.batch:
             positions, targets = (values.index_select(0, self.batch["taught"]) for values in (positions, targets))
@@ -68,21 +67,15 @@ class StepBenchmark:
         teacher = self._teacher.states(self.batch["input_ids"], positions)
         head = self.model.get_output_embeddings()
         loss = distilled_nll(outputs.states, teacher, head, targets, 1.0)[0] / len(targets)
-        if control is None:
-            loss = loss + self._capacity_loss(outputs.router_gates)
-        else:
-            executed, inputs = executed_inputs(outputs.router_scores, mask)
-            loss = loss + control.loss(executed.mean(dim=0).sum() / inputs.sum())
+        executed, inputs = executed_inputs(outputs.router_scores, mask)
+        loss = loss + control.loss(executed.mean(dim=0).sum() / inputs.sum())
         loss.backward()
         return loss.detach()
 
-    def _make_budget(self) -> BudgetControl | None:
-        settings = self.model.config.mod_settings
-        if settings.target == "expert":
-            return None
+    def _make_budget(self) -> BudgetControl:
         control = BudgetControl(self.model.router_modules(), TARGET_CAPACITY)
         batch = {name: self.batch[name] for name in FORWARD_INPUTS if name in self.batch}
-        control.begin(router_moments(self.model, [batch]), settings.threshold_of)
+        control.begin(router_moments(self.model, [batch]), self.model.config.mod_settings.threshold_of)
         return control
 
     def straightforward(self) -> torch.Tensor:
