@@ -325,17 +325,6 @@ def test_the_seed_that_a_table_names_is_the_one_of_its_runs(tmp_path, repository
             assert name == "grid" or not any("SEED=" in step.text or "--seed" in step.text for step in plan.steps)
 
 
-def test_without_held_out_rows_capacity_is_the_evaluations(tmp_path):
-    plan = plan_of("table7", "small", tmp_path, only=["smollm2_moe_expert_drop"])
-    rows = {"piqa": {"value": 0.6, "capacity": {"capacity": 0.7}}, "rte": {"value": 0.5, "capacity": {"capacity": 0.8}}}
-    folder = plan.runs[0].folder
-    folder.mkdir(parents=True)
-    (folder / "evaluation.json").write_text(json.dumps({"rows": {"routed": rows}, "averages": {}}))
-    (row,) = collect(plan)["rows"]
-    assert row["ours"]["capacity"] == pytest.approx(0.75)
-    assert "loss" not in row["ours"]
-
-
 def test_figures_of_layers_and_series(tmp_path):
     plan = plan_of("figure4", "small", tmp_path)
     write_files(plan.runs[0].folder, loss=1.6, piqa=0.65, seconds=1.6)

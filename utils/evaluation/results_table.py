@@ -155,9 +155,6 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
                 numbers[key] = 100 * mean["value"]
                 if mean["stderr"] is not None:
                     numbers[f"{key}_stderr"] = 100 * mean["stderr"]
-        counted = [task.get("capacity") for task in evaluation["rows"].get("routed", {}).values()]
-        if any(counted) and "capacity" not in ours:  # of a baseline that reports no held-out rows
-            ours["capacity"] = sum(capacity["capacity"] for capacity in counted) / len(counted)
     benchmark = _read(folder / "benchmark.json")
     if benchmark:
         columns = benchmark["cells"][-1]["columns"]
