@@ -182,9 +182,12 @@ def read_reference(checkpoint) -> dict | None:
 
     path = checkpoint / REFERENCE_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
+        reference = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if reference is not None and not {"quantiles", "inputs", "gate"} <= reference.keys():
+            raise ValueError
+    except (ValueError, AttributeError):
         raise UserError(f"{path} is damaged") from None
+    return reference
 
 
 def prepare_rows(args, record, tokenizer) -> tuple[list, list]:

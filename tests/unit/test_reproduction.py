@@ -372,7 +372,8 @@ def test_a_grid_compares_its_runs_and_writes_them_line_by_line(tmp_path):
     assert [line["loss_increase"] for line in result["lines"]] == pytest.approx([0.1, 0.5, 0.3])
     table = markdown(result, "the command")
     assert (
-        "| `attn_token` | routed | --distillation_weight 0 | 0.75 | 1 | 0.500 | +0.300 | 0.60 | 60.0 | -10.0 |" in table
+        "| `attn_token` | task_loss | --distillation_weight 0 | 0.75 | 1 | 0.500 | +0.300 | 0.60 | 60.0 | -10.0 |"
+        in table
     )
     assert "| `attn_token` | routed |  | 0.75 | 1 | 0.500 | +0.100 | 0.20 | 60.0 | -10.0 |" in table
     kind, value = figure_of(plan, result)

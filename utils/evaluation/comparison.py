@@ -1,6 +1,6 @@
 """Routed runs over capacities and seeds beside static dropping at the capacity that they reached.
 
-A run is a line of JSON: `name`, `kind` (`routed`, or of a baseline `cosine`, `greedy`, `random`, ...), `granularity`,
+A run is a line of JSON: `name`, `kind` (`routed`, `hinge`, a baseline as `cosine`, `greedy`, ...), `granularity`,
 `target`, `seed`, `settings` (whatever else was varied: name -> value), `capacity`, `loss`, `loss_increase` over the
 dense model on the same held-out rows, and where tasks were evaluated `average` and `average_dense`, in percent.
 

@@ -177,7 +177,7 @@ def _line(run: Run) -> dict[str, Any] | None:
     (made,) = (step for step in run.steps if step.kind in ("train", "baseline"))
     return {
         "name": run.name,
-        "kind": run.entry.get("baseline", "routed"),
+        "kind": run.entry["kind"],
         "granularity": fields["GRANULARITY"],
         "target": fields["TARGET_CAPACITY"],
         "seed": fields.get("SEED", SEED),
