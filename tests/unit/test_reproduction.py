@@ -379,3 +379,19 @@ def test_a_grid_compares_its_runs_and_writes_them_line_by_line(tmp_path):
     kind, value = figure_of(plan, result)
     save_figure(kind, value, tmp_path / "figure")
     assert [panel["y_label"] for panel in value["panels"]] == ["loss above dense", "average (%)"]
+
+
+def test_a_baseline_has_the_seed_that_is_asked_for(tmp_path):
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "scales.yaml").write_text((CONFIGS / "scales.yaml").read_text())
+    run = {
+        "name": "random",
+        "baseline": "random",
+        "environment": {"GRANULARITY": "attn_token"},
+        "vary": {"SEED": [1, 2]},
+    }
+    (configs / "one.yaml").write_text(yaml.safe_dump({"title": "", "metrics": [], "measure": [], "runs": [run]}))
+    runs = make_plan("one", "small", configs, tmp_path).runs
+    assert ["--seed 1" in runs[0].steps[-1].text, "--seed 2" in runs[1].steps[-1].text] == [True, True]
+    assert runs[0].folder != runs[1].folder

@@ -375,7 +375,8 @@ def _data_step(data_type: str, minutes: float) -> Step:
 def _baseline(kind: str, environment: dict[str, str], output: str, changes: Changes) -> list[str]:
     """Return the command that makes a checkpoint without training, for what a training would have been set to."""
     checkpoint, capacity = f"ckpt/{environment['FOLDER_NAME']}", float(environment["TARGET_CAPACITY"])
-    mod_n = ["--mod_n", environment["MOD_N"]] if "MOD_N" in environment else []
+    optional = {"--mod_n": "MOD_N", "--seed": "SEED"}
+    fields = [part for name, field in optional.items() if field in environment for part in (name, environment[field])]
     options = {
         "model_name_or_path": checkpoint,
         "output_dir": output,
@@ -387,4 +388,4 @@ def _baseline(kind: str, environment: dict[str, str], output: str, changes: Chan
     if kind in ("dlo", "skip_transformer"):  # which are trained: on as many rows as what they stand beside
         options["rows"] = environment["MAX_TRAIN_SAMPLES"]
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return ["python", "entrypoints/checkpoint/build_baseline.py", kind, *given, *mod_n, *changes.of_type]
+    return ["python", "entrypoints/checkpoint/build_baseline.py", kind, *given, *fields, *changes.of_type]
