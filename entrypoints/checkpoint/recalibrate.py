@@ -75,6 +75,7 @@ def main() -> None:
         read_config,
         read_units,
         router_name,
+        substitute_parameters,
         write_checkpoint,
     )
     from utils.model.lora import holds_adapter
@@ -132,7 +133,10 @@ def main() -> None:
             layer = settings.layers[0]  # the shift is the same for all
             shift = (settled[layer] - cuts[layer][0]) / cuts[layer][1]
             write_json(unfinished / REFERENCE_FILE, pack_reference(*reference, shift))
-        write_checkpoint(unfinished, args.checkpoint, model.config.mod_settings, routers, units=units)
+        substitutes = {name: parameter.detach() for name, parameter in substitute_parameters(model).items()}
+        write_checkpoint(
+            unfinished, args.checkpoint, model.config.mod_settings, routers, units=units, substitutes=substitutes
+        )
     print(args.output_dir)
 
 

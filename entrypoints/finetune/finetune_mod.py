@@ -25,6 +25,7 @@ def main() -> int | None:
     from utils.pipeline.arguments import parse_arguments
     from utils.pipeline.processes import TERMINATED, check_joined, check_started, on_main_process
     from utils.pipeline.run_directory import agree_on_run, checkpoint_to_resume, claim_output_directory
+    from utils.pipeline.substitutes import check_enough
 
     check_started()
     model_args, data_args, training_args = parse_arguments()
@@ -44,6 +45,7 @@ def main() -> int | None:
     settings = make_settings(
         config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
     )
+    check_substitute(training_args, settings, config)
     training_args.suit_model(config["hidden_size"], settings.granularity)
     if model_args.router_dir and training_args.capacity_control == "regression":
         raise UserError(
@@ -60,6 +62,8 @@ def main() -> int | None:
     train_set, calibration_set = set_aside(train_set, training_args.calibration_rows)
     if training_args.capacity_control == "regression":
         train_set = at_most(train_set, training_args.regression_rows)
+    if training_args.substitute != "none" and settings.substitute is None:
+        check_enough(train_set["length"], config["hidden_size"])
     model = prepare_model(model_args, training_args, model_dir, settings)
     trainer = make_trainer(model, training_args, tokenizer, train_set, eval_set, run)
     claim_output_directory(training_args, run)
@@ -76,6 +80,18 @@ def main() -> int | None:
 
     results = measure(trainer, eval_set)
     save(trainer, model_args, model_dir, results)
+
+
+def check_substitute(training_args, settings, config):
+    """Raise `UserError` for a rank that is out of range, or substitutes other than those that the checkpoint has."""
+    rank, size = training_args.substitute_rank, config["hidden_size"]
+    if rank is not None and rank > size:
+        raise UserError(f"substitute_rank {rank} must lie between 1 and the hidden size, {size}")
+    held = settings.substitute
+    if held is not None and (training_args.substitute == "none" or rank not in (None, held["rank"])):
+        raise UserError(
+            f"the checkpoint holds substitutes of rank {held['rank']}: for others, or none, train from the dense base"
+        )
 
 
 def prepare_data(data_args, training_args, tokenizer):
@@ -150,9 +166,17 @@ def prepare_model(model_args, training_args, model_dir, settings):
     import torch
     from transformers.trainer_pt_utils import get_model_param_count
 
-    from utils.model.checkpoint import load_mod_model, load_routers, whole_parameters
+    from utils.model.checkpoint import (
+        SUBSTITUTES_FILE,
+        add_substitutes,
+        load_mod_model,
+        load_routers,
+        load_substitutes,
+        whole_parameters,
+    )
     from utils.model.lora import add_lora
     from utils.pipeline.customized_trainer import freeze_backbone
+    from utils.pipeline.substitutes import default_rank
 
     dtype = model_args.dtype
     if dtype == "auto":
@@ -169,8 +193,13 @@ def prepare_model(model_args, training_args, model_dir, settings):
             f"{model_dir} holds trained routers, and capacity_control regression makes new ones: start from one whose "
             "routers are at zero, or take --capacity_control budget"
         )
+    if training_args.substitute != "none" and settings.substitute is None:
+        rank = training_args.substitute_rank or default_rank(model.config.hidden_size, settings.target)
+        add_substitutes(model, {"kind": training_args.substitute, "rank": rank})
     if model_args.router_dir:
         load_routers(model, model_args.router_dir)
+        if model.substitute_modules() and (Path(model_args.router_dir) / SUBSTITUTES_FILE).is_file():
+            load_substitutes(model, model_args.router_dir)
     if training_args.router_only:
         freeze_backbone(model)
     if training_args.use_lora:
@@ -182,6 +211,9 @@ def prepare_model(model_args, training_args, model_dir, settings):
             targets=training_args.lora_target_modules,
             only_routed=training_args.lora_layers == "routed",
         )
+    if training_args.substitute_learning_rate == 0.0:
+        for substitute in model.substitute_modules().values():
+            substitute.requires_grad_(False)
     total, trained = get_model_param_count(model), get_model_param_count(model, trainable_only=True)
     logging.info("%s: routing %s in layers %s", model_dir, settings.granularity, list(settings.layers))
     logging.info("%d of %d parameters train (%.4f%%)", trained, total, 100 * trained / total)
@@ -243,7 +275,7 @@ def save(trainer, model_args, model_dir, results) -> None:
     from utils.pipeline.calibration import REFERENCE_FILE
     from utils.pipeline.report import run_table
 
-    routers = trainer.router_state()
+    routers, substitutes = trainer.router_state(), trainer.substitute_state()
     adapter = trainer.adapter()
     trained_base = None
     if not trainer.args.router_only:
@@ -263,6 +295,7 @@ def save(trainer, model_args, model_dir, results) -> None:
         trained_base=trained_base,
         adapter=adapter,
         units=trainer.units,
+        substitutes=substitutes,
     )
     logging.info("base weights: %s", how)
     print(run_table(results))

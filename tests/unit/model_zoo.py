@@ -6,6 +6,7 @@ wrong norm or attending to one token too many moves the logits by far more than 
 
 import copy
 import functools
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -231,20 +232,23 @@ def add_routers(base: PreTrainedModel, granularity: str, layers=LAYERS, **settin
     model = ALL_ARCHITECTURES[base.config.model_type].model(mod_config(base, granularity, layers, **settings))
     problems = model.load_state_dict(base.state_dict(), strict=False)
     assert not problems.unexpected_keys
-    assert set(problems.missing_keys) == {f"model.layers.{index}.router.weight" for index in layers}
+    added = {f"model.layers.{index}.router.weight" for index in layers}
+    if "substitute" in settings:
+        added |= {f"model.layers.{index}.substitute.{name}" for index in layers for name in ("down", "up", "bias")}
+    assert set(problems.missing_keys) == added
     return model.eval()
 
 
 def make_pair(arch: str, granularity: str, layers=LAYERS, seed: int = 0, attention: str = "sdpa", **settings):
-    """Return a random base model and the routed model with its weights and routers at zero."""
-    made = _make_pair_once(arch, granularity, tuple(layers), seed, attention, tuple(sorted(settings.items())))
+    """Return a random base model and the routed model with its weights and routers (and substitutes) at zero."""
+    made = _make_pair_once(arch, granularity, tuple(layers), seed, attention, json.dumps(settings, sort_keys=True))
     return copy.deepcopy(made)  # several times faster than making them
 
 
 @functools.cache
 def _make_pair_once(arch, granularity, layers, seed, attention, settings):
     base = make_base(arch, seed, attn_implementation=attention)
-    return base, add_routers(base, granularity, layers, **dict(settings))
+    return base, add_routers(base, granularity, layers, **json.loads(settings))
 
 
 def randomize_routers(model: PreTrainedModel, seed: int = 1, scale: float = 0.5) -> PreTrainedModel:
@@ -253,6 +257,16 @@ def randomize_routers(model: PreTrainedModel, seed: int = 1, scale: float = 0.5)
     with torch.no_grad():
         for router in model.router_modules().values():
             router.weight.copy_(scale * torch.randn(router.weight.shape, generator=generator))
+    return model
+
+
+def randomize_substitutes(model: PreTrainedModel, seed: int = 5, scale: float = 0.3) -> PreTrainedModel:
+    """Fill the substitutes with normal(0, `scale`) in place: what is skipped returns something of the branch's size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for substitute in model.substitute_modules().values():
+            for parameter in substitute.parameters():
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
 
 

@@ -467,7 +467,7 @@ class TestControls:
         trainer.train()
         weights, cuts, _ = trainer.capacity_control.solve()
         for layer, router in trainer.model.router_modules().items():
-            trainer.set_router(router, weights[layer])
+            trainer.set_parameter(router.weight, weights[layer])
         trainer.model.eval()
         measured = torch.cat(trainer.capacity_control.rows)[..., :-1]  # [rows, layers, hidden_size]
         expected = [measured[:, place] @ weights[layer][0] - cuts[layer][0] for place, layer in enumerate(weights)]

@@ -2,8 +2,9 @@
 
 A checkpoint is one directory: the base's `config.json` with the object `mod`, the base's weights (linked, not copied,
 where the file system allows) as `base*.safetensors`, the routers alone as `routers.safetensors`, an index over both,
-the tokenizer, and the `*_mod.py` files that let transformers load it without this repository. The index is written
-last: a directory without it is not a checkpoint.
+the tokenizer, and the `*_mod.py` files that let transformers load it without this repository; where skipped branches
+have substitutes, these as `substitutes.safetensors`. The index is written last: a directory without it is not a
+checkpoint.
 """
 
 import json
@@ -37,6 +38,7 @@ from .modeling_moe_mod import (
     MoDOlmoeForCausalLM,
     MoDQwen2MoeForCausalLM,
 )
+from .substitute_mod import MoDSubstitute
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +55,11 @@ ARCHITECTURES = {
 """Base model type -> routed model class."""
 
 ROUTERS_FILE = "routers.safetensors"
+SUBSTITUTES_FILE = "substitutes.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ROUTER_NAME = re.compile(r"^model\.layers\.(\d+)\.router\.weight$")
+ADDED_NAME = re.compile(r"^model\.layers\.\d+\.(router\.weight|substitute\.\w+)$")
+"""What a checkpoint has beside its base's weights."""
 IGNORED_NAME = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old base checkpoints hold and transformers drops
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
@@ -185,9 +190,9 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
     """
     directory = Path(directory)
     model = _meta_model(config, make_settings(config))
-    found = {n: f for n, f in weight_map(directory).items() if not ROUTER_NAME.match(n) and not IGNORED_NAME.search(n)}
+    found = {n: f for n, f in weight_map(directory).items() if not ADDED_NAME.match(n) and not IGNORED_NAME.search(n)}
     weights = _named_as_in(found, model, model.state_dict())
-    expected = {name: tuple(t.shape) for name, t in weights.items() if not ROUTER_NAME.match(name)}
+    expected = {name: tuple(t.shape) for name, t in weights.items() if not ADDED_NAME.match(name)}
     tied = set(model.all_tied_weights_keys)
     _refuse(directory, "lacks the weight", sorted(set(expected) - set(found) - tied))
     _refuse(directory, "has the unknown weight", sorted(set(found) - set(expected)))
@@ -254,6 +259,70 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
         set_thresholds(model, json.loads(metadata["threshold"]))
 
 
+def substitute_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return contract name -> parameter of all substitutes of a routed model, ascending by layer; {} without any."""
+    return {
+        f"model.layers.{layer}.substitute.{name}": parameter
+        for layer, substitute in model.substitute_modules().items()
+        for name, parameter in substitute.named_parameters()
+    }
+
+
+def add_substitutes(model: torch.nn.Module, substitute: dict[str, Any]) -> None:
+    """Give a routed model substitutes at zero, float32, on the device of its routers.
+
+    Args:
+        substitute: kind and rank, as in `MoDSettings`.
+
+    Raises:
+        UserError: the rank is not between 1 and the hidden size, or the kind is unknown.
+    """
+    try:
+        settings = replace(model.config.mod_settings, substitute=substitute)
+        settings.check_size(model.config.hidden_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for layer, router in model.router_modules().items():
+        made = MoDSubstitute(model.config.hidden_size, settings.substitute_rank(layer))
+        model.get_decoder().layers[layer].substitute = made.to(router.weight.device)
+    _change_settings(model, settings)
+
+
+def save_substitutes(path: str | Path, substitutes: Mapping[str, torch.Tensor], settings: MoDSettings) -> None:
+    """Write substitutes alone, float32, atomically; the file says what they are for."""
+    metadata = {"format": "pt", "granularity": settings.granularity, "substitute": json.dumps(settings.substitute)}
+    tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in substitutes.items()}
+    with atomic_file(path, "wb") as file:
+        file.write(to_safetensors(tensors, metadata))
+
+
+def load_substitutes(model: torch.nn.Module, path: str | Path) -> None:
+    """Load a file of substitutes, or that of a directory, into a `model` that has substitutes of the same ranks.
+
+    Raises:
+        UserError: there is no such file, or it is for other layers, another granularity, rank or hidden size.
+    """
+    path = Path(path)
+    file_path = path / SUBSTITUTES_FILE if path.is_dir() else path
+    if not file_path.is_file():
+        raise UserError(f"{path}: no {SUBSTITUTES_FILE} there; --substitute none runs without")
+    settings = model.config.mod_settings
+    with _open_safetensors(file_path) as file:
+        granularity = (file.metadata() or {}).get("granularity", settings.granularity)
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if granularity != settings.granularity:
+        raise UserError(f"{file_path}: substitutes for {granularity}, but this run routes {settings.granularity}")
+    parameters = substitute_parameters(model)
+    _refuse(file_path, "lacks", sorted(set(parameters) - set(saved)))
+    _refuse(file_path, "has the unknown", sorted(set(saved) - set(parameters)))
+    with torch.no_grad(), whole_parameters(parameters.values()):
+        for name, parameter in parameters.items():
+            if saved[name].shape != parameter.shape:
+                got, want = list(saved[name].shape), list(parameter.shape)
+                raise UserError(f"{file_path}: {name} has shape {got}, expected {want}: another rank, or another model")
+            parameter.copy_(saved[name])
+
+
 def read_units(directory: str | Path) -> dict[int, float] | None:
     """Return the units that a checkpoint's routers compare in, as `save_routers` takes them; None if it has none."""
     path = Path(directory) / ROUTERS_FILE
@@ -268,7 +337,10 @@ def read_units(directory: str | Path) -> dict[int, float] | None:
 
 def set_thresholds(model: torch.nn.Module, threshold: float | list) -> None:
     """Let a routed model decide by these thresholds, given as in `MoDSettings`."""
-    settings = replace(model.config.mod_settings, threshold=threshold)
+    _change_settings(model, replace(model.config.mod_settings, threshold=threshold))
+
+
+def _change_settings(model: torch.nn.Module, settings: MoDSettings) -> None:
     model.config.mod = settings.to_dict()
     for module in model.modules():
         if hasattr(module, "mod_settings"):
@@ -320,6 +392,7 @@ def write_checkpoint(
     trained_base: dict[str, torch.Tensor] | None = None,
     adapter: Adapter | None = None,
     units: Mapping[int, float] | None = None,
+    substitutes: Mapping[str, torch.Tensor] | None = None,
 ) -> str:
     """Write a MoD checkpoint into `output_dir`, which may hold other files; the index comes last.
 
@@ -329,6 +402,7 @@ def write_checkpoint(
         trained_base: all other weights, where they were trained too; written instead of linked.
         adapter: LoRA weights that were trained beside the routers; transformers applies them when it loads.
         units: in which the routers compare, as `save_routers` takes them.
+        substitutes: contract name -> tensor; there exactly where the settings have substitutes.
 
     Returns:
         How the base's weights got there: `hard link`, `symbolic link`, `copy` or `trained weights`.
@@ -337,12 +411,14 @@ def write_checkpoint(
     source_config = read_config(source_dir)
     base_files = check_base_weights(source_dir, source_config)
     _config_object(source_config, settings)
-    if any(not torch.isfinite(tensor).all() for tensor in routers.values()):
-        raise UserError(f"{output_dir}: not written, as the routers are not finite; was the learning rate too high?")
-    if adapter is not None and any(not torch.isfinite(tensor).all() for tensor in adapter.weights.values()):
-        raise UserError(f"{output_dir}: not written, as the adapter is not finite; was the learning rate too high?")
+    substitutes = substitutes or {}
+    assert bool(substitutes) == (settings.substitute is not None)
+    of_adapter = {} if adapter is None else adapter.weights
+    for what, tensors in (("routers are", routers), ("substitutes are", substitutes), ("adapter is", of_adapter)):
+        if any(not torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise UserError(f"{output_dir}: not written, as the {what} not finite; was the learning rate too high?")
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (INDEX_FILE, *ADAPTER_FILES):
+    for name in (INDEX_FILE, SUBSTITUTES_FILE, *ADAPTER_FILES):
         (output_dir / name).unlink(missing_ok=True)
     for left_over in [*output_dir.glob(".checkpoint.*"), *output_dir.glob("base*.safetensors")]:
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
@@ -367,8 +443,11 @@ def write_checkpoint(
         for path in sorted(Path(__file__).parent.glob("*_mod.py")):
             shutil.copyfile(path, staged / path.name)
         write_json(staged / "config.json", mod_config(source_config, settings))
-        size = sum((staged / name).stat().st_size for name in {*mapping.values(), ROUTERS_FILE})
         mapping |= dict.fromkeys(routers, ROUTERS_FILE)
+        if substitutes:
+            save_substitutes(staged / SUBSTITUTES_FILE, substitutes, settings)
+            mapping |= dict.fromkeys(substitutes, SUBSTITUTES_FILE)
+        size = sum((staged / name).stat().st_size for name in set(mapping.values()))
         write_json(staged / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": dict(sorted(mapping.items()))})
         for path in sorted(staged.iterdir(), key=lambda path: path.name == INDEX_FILE):
             os.replace(path, output_dir / path.name)
@@ -394,8 +473,11 @@ def merge_adapter(trained_dir: str | Path, output_dir: str | Path) -> str:
     model = load_mod_model(trained_dir, dtype=torch.float32)
     routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
     settings = MoDSettings.from_dict(config["mod"])
+    substitutes = {name: parameter.detach() for name, parameter in substitute_parameters(model).items()}
     trained_base, units = merged_weights(model), read_units(trained_dir)
-    return write_checkpoint(output_dir, trained_dir, settings, routers, trained_base=trained_base, units=units)
+    return write_checkpoint(
+        output_dir, trained_dir, settings, routers, trained_base=trained_base, units=units, substitutes=substitutes
+    )
 
 
 def mod_config(source_config: dict[str, Any], settings: MoDSettings) -> dict[str, Any]:

@@ -29,6 +29,9 @@ EXPERT_GRANULARITY = "expert_token"
 
 ALL_GRANULARITIES = (*GRANULARITIES, EXPERT_GRANULARITY)
 
+SUBSTITUTES = ("linear",)
+"""What can stand in for a skipped branch: a low-rank linear map of its normed input (`substitute_mod.py`)."""
+
 EXECUTIONS = ("dense", "sparse")
 """`dense` computes everything and multiplies by the mask; `sparse` leaves out what the mask drops."""
 
@@ -43,6 +46,12 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_lists(each) for name, each in value.items()}
+    return [_as_lists(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _is_number(value: Any) -> bool:
@@ -77,6 +86,8 @@ class MoDSettings:
             one for each expert.
         target_capacity: share of inputs in [0, 1] that the routers were trained to execute; None where not trained.
         base_model: name of the dense model that the checkpoint was made from; for the reader only.
+        substitute: what a skipped branch returns instead of nothing, `{"kind": "linear", "rank": 64}`, the rank one
+            number or one for each routed layer; None for nothing, as published.
     """
 
     granularity: str
@@ -84,6 +95,7 @@ class MoDSettings:
     threshold: float | tuple[float | tuple[float, ...], ...] = 0.5
     target_capacity: float | None = None
     base_model: str | None = None
+    substitute: dict[str, Any] | None = None
 
     def __post_init__(self):
         check_choice("granularity", self.granularity, ALL_GRANULARITIES)
@@ -102,6 +114,23 @@ class MoDSettings:
         capacity = self.target_capacity
         if capacity is not None and (not _is_number(capacity) or not 0.0 <= capacity <= 1.0):
             raise ValueError(f"target_capacity {capacity!r} must be a number between 0 and 1, or be left out")
+        self._check_substitute()
+
+    def _check_substitute(self) -> None:
+        substitute = self.substitute
+        if substitute is None:
+            return
+        if not isinstance(substitute, dict) or set(substitute) != {"kind", "rank"}:
+            raise ValueError(f"mod.substitute {substitute!r} must have the fields kind and rank, or be left out")
+        check_choice("mod.substitute.kind", substitute["kind"], SUBSTITUTES)
+        rank = _as_tuples(substitute["rank"])
+        ranks = rank if isinstance(rank, tuple) else (rank,)
+        if isinstance(rank, tuple) and len(rank) != len(self.layers):
+            raise ValueError(f"mod.substitute.rank has {len(rank)} numbers for {len(self.layers)} routed layers")
+        for each in ranks:
+            if type(each) is not int or each < 1:
+                raise ValueError(f"mod.substitute.rank {each!r} must be a whole number from 1 to the hidden size")
+        object.__setattr__(self, "substitute", {"kind": substitute["kind"], "rank": rank})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> "MoDSettings":
@@ -119,14 +148,30 @@ class MoDSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into `config.json`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        values = {field.name: _as_lists(getattr(self, field.name)) for field in fields(self)}
+        if values["substitute"] is None:
+            del values["substitute"]
+        return values
 
     def threshold_of(self, layer: int) -> float | tuple[float, ...]:
         """Return the threshold of the routed layer with this index; of experts, it may be one for each."""
         if isinstance(self.threshold, tuple):
             return self.threshold[self.layers.index(layer)]
         return self.threshold
+
+    def check_size(self, hidden_size: int) -> None:
+        """Raise `ValueError` where a substitute's rank is above the model's hidden size."""
+        for layer in self.layers:
+            rank = self.substitute_rank(layer)
+            if rank is not None and rank > hidden_size:
+                raise ValueError(f"substitute rank {rank} must lie between 1 and the hidden size, {hidden_size}")
+
+    def substitute_rank(self, layer: int) -> int | None:
+        """Return the rank of the substitute of the routed layer with this index; None where there is none."""
+        if self.substitute is None:
+            return None
+        rank = self.substitute["rank"]
+        return rank[self.layers.index(layer)] if isinstance(rank, tuple) else rank
 
     @property
     def target(self) -> str:
@@ -160,6 +205,7 @@ class MoDConfigMixin:
             raise ValueError(f"mod.layers {self.mod['layers']} do not fit a model of {self.num_hidden_layers} layers")
         if settings.granularity == EXPERT_GRANULARITY:
             self._check_experts(settings)
+        settings.check_size(self.hidden_size)
 
     def _check_experts(self, settings: MoDSettings) -> None:
         """Raise `ValueError` where a layer that is to have routers for its experts has no experts."""

@@ -20,7 +20,7 @@ from .token_attention_mod import attend_kept_tokens
 def dense_forward(
     layer: torch.nn.Module, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """Compute everything and multiply by the mask (Eq. 3).
+    """Compute everything and multiply by the mask (Eq. 3): `h + M F(x) + (1 - M) S(x)`.
 
     Args:
         layer: a decoder layer with `MoDDecoderLayerMixin`.
@@ -37,18 +37,26 @@ def dense_forward(
     normed = layer.input_layernorm(hidden_states)
     if target != "mlp":
         gate = _gate(layer, normed, routing, cache)
+    if target == "block":
+        skipped = residual if layer.substitute is None else residual + layer.substitute(normed)
     attention = _attend(layer, normed, attention_kwargs)
-    hidden_states = residual + (gate * attention if target == "attn" else attention)
+    hidden_states = residual + (_gated(layer, gate, attention, normed) if target == "attn" else attention)
 
     normed = layer.post_attention_layernorm(hidden_states)
     if target == "mlp":
         gate = _gate(layer, normed, routing, cache)
     mlp = layer.mlp(normed)
-    hidden_states = hidden_states + (gate * mlp if target == "mlp" else mlp)
+    hidden_states = hidden_states + (_gated(layer, gate, mlp, normed) if target == "mlp" else mlp)
     if target == "block":
         # equals residual + gate * (hidden_states - residual), and is exact for a gate of 1 as well as of 0
-        hidden_states = gate * hidden_states + (1 - gate) * residual
+        hidden_states = gate * hidden_states + (1 - gate) * skipped
     return hidden_states
+
+
+def _gated(layer: torch.nn.Module, gate: torch.Tensor, branch: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+    """Return `M F(x) + (1 - M) S(x)`."""
+    branch = gate * branch
+    return branch if layer.substitute is None else branch + (1 - gate) * layer.substitute(normed)
 
 
 def sparse_forward(
@@ -82,16 +90,24 @@ def _sparse_sequences(
     if len(rows) == 0:
         if target != "mlp" and cache is not None:
             cache_no_rows(layer.self_attn, hidden_states, cache)
+        if layer.substitute is not None:
+            hidden_states = hidden_states + layer.substitute(norm(hidden_states) if normed is None else normed)
         return _add_mlp(layer, hidden_states) if target == "attn" else hidden_states
 
+    if layer.substitute is not None:
+        if normed is None:
+            normed = norm(hidden_states)
+        substituted = decision.skipped, layer.substitute(normed[decision.skipped])
+    else:
+        substituted = None
     normed = norm(hidden_states[rows]) if normed is None else normed[rows]  # [kept, tokens, hidden_size]
     if target == "mlp":
-        return _add_at(hidden_states, rows, layer.mlp(normed))
+        return _add_at(hidden_states, (rows, layer.mlp(normed)), substituted)
     attention = _attend(layer, normed, select_rows(attention_kwargs, rows, batch=hidden_states.shape[0]))
     if target == "attn":
-        return _add_mlp(layer, _add_at(hidden_states, rows, attention))
+        return _add_mlp(layer, _add_at(hidden_states, (rows, attention), substituted))
     kept = _add_mlp(layer, hidden_states[rows] + attention)
-    return hidden_states.index_copy(0, rows, kept.to(hidden_states.dtype))
+    return _put_at(hidden_states, (rows, kept), substituted)
 
 
 def _sparse_tokens(
@@ -109,18 +125,19 @@ def _sparse_tokens(
     if kept is None:
         return _whole_branch(layer, hidden_states, normed, attention_kwargs)
 
-    flat = hidden_states.flatten(0, 1)  # [batch * tokens, hidden_size]
+    flat, substituted = hidden_states.flatten(0, 1), None  # [batch * tokens, hidden_size]
+    if layer.substitute is not None:
+        skipped = decision.skipped
+        substituted = skipped, layer.substitute(normed.flatten(0, 1).index_select(0, skipped))
     if target == "mlp":
-        if len(kept) > 0:
-            flat = _add_at(flat, kept, _mlp(layer, normed.flatten(0, 1).index_select(0, kept)))
-        return flat.view_as(hidden_states)
+        outputs = _mlp(layer, normed.flatten(0, 1).index_select(0, kept)) if len(kept) > 0 else None
+        return _add_at(flat, (kept, outputs), substituted).view_as(hidden_states)
     attention = attend_kept_tokens(layer.self_attn, normed, decision, attention_kwargs)  # [kept, hidden_size]
     if target == "attn":
-        flat = flat if attention is None else _add_at(flat, kept, attention)
-        return _add_mlp(layer, flat.view_as(hidden_states))
+        return _add_mlp(layer, _add_at(flat, (kept, attention), substituted).view_as(hidden_states))
     if attention is not None:
-        flat = flat.index_copy(0, kept, _add_mlp(layer, flat.index_select(0, kept) + attention).to(flat.dtype))
-    return flat.view_as(hidden_states)
+        attention = _add_mlp(layer, flat.index_select(0, kept) + attention)
+    return _put_at(flat, (kept, attention), substituted).view_as(hidden_states)
 
 
 def select_rows(attention_kwargs: dict[str, Any], rows: torch.Tensor, batch: int) -> dict[str, Any]:
@@ -212,6 +229,25 @@ def _whole_branch(
     return _add_mlp(layer, hidden_states + _attend(layer, normed, attention_kwargs))
 
 
-def _add_at(hidden_states: torch.Tensor, index: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    # under autocast the branch has a lower precision than the residual stream
-    return hidden_states.index_add(0, index, branch.to(hidden_states.dtype))
+Placed = tuple[torch.Tensor, torch.Tensor | None]
+"""Indices into a first dimension, and what belongs there; None where there are no indices."""
+
+
+def _add_at(hidden_states: torch.Tensor, kept: Placed, substituted: Placed | None) -> torch.Tensor:
+    """Add to kept inputs what their branch returned, and to the others what their substitute did."""
+    index, branch = kept
+    if branch is not None:
+        # under autocast the branch has a lower precision than the residual stream
+        hidden_states = hidden_states.index_add(0, index, branch.to(hidden_states.dtype))
+    if substituted is not None:
+        index, branch = substituted
+        hidden_states = hidden_states.index_add(0, index, branch.to(hidden_states.dtype))
+    return hidden_states
+
+
+def _put_at(hidden_states: torch.Tensor, kept: Placed, substituted: Placed | None) -> torch.Tensor:
+    """Replace kept inputs by what the block made of them, and add to the others what their substitute returned."""
+    index, output = kept
+    if output is not None:
+        hidden_states = hidden_states.index_copy(0, index, output.to(hidden_states.dtype))
+    return _add_at(hidden_states, (index, None), substituted)

@@ -58,7 +58,7 @@ def add_lora(
     targets: list[str] | None = None,
     only_routed: bool = False,
 ) -> None:
-    """Put untrained adapters into a routed model; they and its routers train, and nothing else.
+    """Put untrained adapters into a routed model; they, its routers and substitutes train, and nothing else.
 
     Args:
         model: a routed model.
@@ -96,8 +96,8 @@ def add_lora(
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()  # small steps would be lost in the dtype of a frozen bfloat16 base
-    for router in model.router_modules().values():
-        router.requires_grad_(True)
+    for module in (*model.router_modules().values(), *model.substitute_modules().values()):
+        module.requires_grad_(True)
 
 
 def adapter_of(

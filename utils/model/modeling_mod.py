@@ -40,6 +40,7 @@ from .configuration_mod import (
 from .execution_mod import dense_forward, sparse_forward
 from .moe_mod import expert_forward
 from .routing_mod import Decision, MoDRouter, Routing
+from .substitute_mod import MoDSubstitute
 
 
 @dataclass
@@ -67,6 +68,8 @@ class MoDDecoderLayerMixin:
         self.router = MoDRouter(
             config.hidden_size, config.num_experts if self.mod_settings.target == "expert" else None
         )
+        rank = self.mod_settings.substitute_rank(layer_idx)
+        self.substitute = None if rank is None else MoDSubstitute(config.hidden_size, rank)
 
     def forward(
         self,
@@ -107,6 +110,9 @@ class MoDPreTrainedMixin:
     def _init_weights(self, module):
         if isinstance(module, MoDRouter):
             init.zeros_(module.weight)
+        elif isinstance(module, MoDSubstitute):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
         else:
             super()._init_weights(module)
 
@@ -137,6 +143,12 @@ class MoDPreTrainedMixin:
         """Return layer index -> router, ascending."""
         layers = self.get_decoder().layers
         return {index: layers[index].router for index in self.mod_settings.layers}
+
+    def substitute_modules(self) -> dict[int, MoDSubstitute]:
+        """Return layer index -> substitute, ascending; empty where nothing stands in for what is skipped."""
+        layers = self.get_decoder().layers
+        found = {index: layers[index].substitute for index in self.mod_settings.layers}
+        return {index: substitute for index, substitute in found.items() if substitute is not None}
 
     def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         """Recompute activations in the backward, as transformers does, but only where there is one to be done.

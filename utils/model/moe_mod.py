@@ -1,7 +1,8 @@
 """Experts that skip: a router with one row for each expert decides about each assignment of a token (Section 3.3).
 
 The model's own gate chooses the experts of a token and weighs them, `y = sum_i G(x)_i * E_i(x) * 1[R_i(x) >= tau]`
-over its top-k (Eq. 6-8). Gate and weights are left as they are: what is rejected is not made up for. Shared experts
+over its top-k (Eq. 6-8). Gate and weights are left as they are: what is rejected is not made up for, unless by a
+substitute, one for all experts of a layer, which takes the weight of those that a token was refused. Shared experts
 always run. The dense form multiplies the weights by the mask, which is the specification; the sparse form computes
 executed assignments only. On a CPU it runs expert after expert on its tokens, and leaves the weights of an expert that
 has none unread. Elsewhere, and with another implementation of the experts than transformers' default, it hands the
@@ -47,6 +48,9 @@ def expert_forward(
         output = run_kept(block.experts, tokens, experts, weights, decision.kept)
     else:
         output = block.experts(tokens, experts, weights * decision.gates.view_as(weights).to(weights.dtype))
+    if layer.substitute is not None and not (routing.sparse and decision.kept is None):
+        skipped = (weights * (1 - decision.gates.view_as(weights).to(weights.dtype))).sum(dim=-1, keepdim=True)
+        output = output + (skipped * layer.substitute(tokens)).to(output.dtype)
     return hidden_states + add_shared_experts(block, tokens, output).view_as(normed)
 
 

@@ -44,6 +44,13 @@ class Decision:
             return None
         return self.kept_on_host.to(self.gates.device, non_blocking=True)
 
+    @cached_property
+    def skipped(self) -> torch.Tensor:
+        """Indices of the skipped inputs in the flattened gates, int64 [skipped] ascending, on the gates' device."""
+        left = torch.ones(self.gates.numel(), dtype=torch.bool)
+        left[self.kept_on_host] = False
+        return left.nonzero().squeeze(-1).to(self.gates.device, non_blocking=True)
+
     def held(self) -> "Decision":
         """Return the decision as a cache holds it: without gradient."""
         return Decision(self.scores.detach(), self.gates.detach()) if self.scores.requires_grad else self

@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from utils.io.errors import UserError, suggest
-from utils.model.configuration_mod import EXPERT_GRANULARITY
+from utils.model.configuration_mod import EXPERT_GRANULARITY, SUBSTITUTES
 
 from .processes import deepspeed_was_asked_for, prepare_deepspeed, zero_stage
 
@@ -24,6 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "distillation_weight": 1.0,
         "calibration_rows": 64,
         "gradient_scale": 0.3,
+        "substitute": "linear",
     },
     "paper": {
         "capacity_control": "hinge",
@@ -32,6 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "calibration_rows": 0,
         "gradient_scale": 0.1,
         "learning_rate": 1e-4,
+        "substitute": "none",
     },
 }
 """What arguments are where they are not given."""
@@ -120,9 +122,10 @@ class RouterTrainingArguments(TrainingArguments):
         default="default",
         metadata={
             "help": "What the other arguments are where they are not given. default: capacity_control by the "
-            "granularity, distillation_weight 1 (0 where the backbone trains), calibration_rows 64. paper: "
+            "granularity, distillation_weight 1 (0 where the backbone trains), calibration_rows 64, substitute "
+            "linear. paper: "
             "capacity_control hinge with capacity_scope layer, distillation_weight 0, calibration_rows 0, "
-            "learning_rate 1e-4 and gradient_scale 0.1 (of the paper's grid)."
+            "substitute none, learning_rate 1e-4 and gradient_scale 0.1 (of the paper's grid)."
         },
     )
     capacity_control: str | None = field(
@@ -183,6 +186,24 @@ class RouterTrainingArguments(TrainingArguments):
             "residual stream (cosine similarity), the nearer its start to skipping; without effect on regression, "
             "which has no start."
         },
+    )
+    substitute: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a skipped branch returns: linear, a low-rank linear map of its input, fitted to the branch "
+            "before training and trained with the routers; or none, as published. Default: the recipe's."
+        },
+    )
+    substitute_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of these maps, from 1 to the hidden size. Default: the hidden size over 12 for attention, "
+            "over 9 for MLP and experts, over 8 for blocks."
+        },
+    )
+    substitute_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the substitutes; 0 leaves them as fitted. Default: 2 / hidden size."},
     )
     gradient_scale: float | None = field(
         default=None,
@@ -309,6 +330,8 @@ class RouterTrainingArguments(TrainingArguments):
             default = 1e-4 if self.use_lora else 2e-5
         if self.learning_rate is None:
             self.learning_rate = default
+        if self.substitute != "none" and self.substitute_learning_rate is None:
+            self.substitute_learning_rate = 2.0 / hidden_size
 
     def _resolve_recipe(self) -> None:
         """Fill in what the recipe says for what was not given."""
@@ -376,11 +399,17 @@ class RouterTrainingArguments(TrainingArguments):
         if self.calibration_rows < 0:
             raise UserError(f"calibration_rows {self.calibration_rows} must not be negative")
         _choice("capacity_scope", self.capacity_scope, ("layer", "global"))
+        _choice("substitute", self.substitute, ("none", *SUBSTITUTES))
+        for name in ("substitute_rank", "substitute_learning_rate"):
+            if getattr(self, name) is not None and self.substitute == "none":
+                raise UserError(f"{name} needs --substitute linear")
+        if self.substitute_rank is not None and self.substitute_rank < 1:
+            raise UserError(f"substitute_rank {self.substitute_rank} must lie between 1 and the hidden size")
         _choice("router_init", self.router_init, ("zero", "importance"))
         _choice("sequence_pooling", self.sequence_pooling, ("all", "prompt"))
         if not (math.isfinite(self.gradient_scale) and self.gradient_scale >= 0.0):
             raise UserError(f"gradient_scale {self.gradient_scale} must be a number that is not negative")
-        for name in ("learning_rate", "router_learning_rate", "weight_decay"):
+        for name in ("learning_rate", "router_learning_rate", "substitute_learning_rate", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0.0):
                 raise UserError(f"{name} {value} must be a number that is not negative")

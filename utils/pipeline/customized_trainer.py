@@ -7,13 +7,15 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from utils.io.errors import UserError
-from utils.model.checkpoint import router_name, set_thresholds
+from utils.model.checkpoint import router_name, set_thresholds, whole_parameters
 
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
 from .calibration import calibrate, cuts_of, fold, pack_reference
@@ -24,6 +26,7 @@ from .losses import capacity_hinge, executed_inputs, next_token_nll
 from .metrics import RoutingMeter
 from .processes import Termination
 from .regression_control import GATE, RegressionControl
+from .substitutes import BranchMoments, rows_to_fit, solve_all
 from .training_checkpoint import TrainingCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -33,10 +36,13 @@ MOMENT_ROWS = 32
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Let only the routers require gradients; they are found by their type, never by name (Section 3.2)."""
+    """Let only the routers require gradients, and substitutes where there are some (Section 3.2).
+
+    They are found by their type, never by name.
+    """
     model.requires_grad_(False)
-    for router in model.router_modules().values():
-        router.requires_grad_(True)
+    for module in (*model.router_modules().values(), *model.substitute_modules().values()):
+        module.requires_grad_(True)
 
 
 class RouterTrainer(TrainingCheckpoints, Trainer):
@@ -217,16 +223,18 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             yield decided_on | self._deciding_tokens(batch)
 
     def begin_control(self) -> None:
-        """Let budget and hinge start from the routers as they are, unless they go on from a checkpoint."""
+        """Fit substitutes, and let budget and hinge start from the routers as they are; not after a checkpoint."""
+        if self.state.global_step:
+            return
+        self._fit_substitutes()
         budget = isinstance(self.capacity_control, BudgetControl)
         by_importance = self.args.router_init == "importance" and not isinstance(
             self.capacity_control, RegressionControl
         )
-        if self.state.global_step or not (budget or by_importance):
+        if not (budget or by_importance):
             return
         rows, margins = self.train_dataset, None
-        first = [rows[row] for row in range(min(MOMENT_ROWS, len(rows)))]
-        batches = list(self._router_batches(first, self.args.per_device_eval_batch_size))
+        batches = list(self._first_batches(min(MOMENT_ROWS, len(rows))))
         if by_importance and any(weight.any() for weight in self.router_state().values()):
             logger.warning("router_init importance has no effect: the routers do not start at zero")
         elif by_importance:
@@ -237,6 +245,40 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         elif margins is not None:
             lowest = min(margins.values())  # starts on its threshold, the others above theirs
             set_thresholds(self.model, [_threshold(lowest - margin) for margin in margins.values()])
+
+    def _first_batches(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        first = [self.train_dataset[row] for row in range(rows)]
+        return self._router_batches(first, self.args.per_device_eval_batch_size)
+
+    @torch.no_grad()
+    def _fit_substitutes(self) -> None:
+        """Set the substitutes to the closed-form fit, unless they were trained already; every process must call it."""
+        substitutes = self.model.substitute_modules()
+        parameters = [parameter for module in substitutes.values() for parameter in module.parameters()]
+        with whole_parameters(parameters):
+            if not parameters or any(parameter.any() for parameter in parameters):
+                return
+        hidden_size, settings = self.model.config.hidden_size, self.model.config.mod_settings
+        rows = rows_to_fit(self.train_dataset["length"], hidden_size)
+        batches = list(self._first_batches(rows))
+        show, training = self.is_world_process_zero() and not self.args.disable_tqdm, self.model.training
+        self.model.eval()
+        with BranchMoments(self.model) as branches:
+            bar = tqdm(batches, desc="reading branches for substitutes", unit="batch", disable=not show)
+            for batch in branches.following(bar):
+                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                self.model(**inputs, route=False, use_cache=False, logits_to_keep=1)
+        self.model.train(training)
+        ranks = {layer: settings.substitute_rank(layer) for layer in settings.layers}
+        fitted, left = solve_all(branches.moments, ranks, progress=show)
+        for layer, substitute in substitutes.items():
+            for name, parameter in substitute.named_parameters():
+                self.set_parameter(parameter, broadcast(fitted[layer][name].float().contiguous()))
+        logger.info(
+            "substitutes fitted on %d rows; share of each branch's variance that they leave: %s",
+            rows,
+            " ".join(f"{share:.2f}" for share in left.values()),
+        )
 
     def step_control(self) -> None:
         """Close an accumulation window."""
@@ -259,7 +301,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             weights, cuts, left_out = self.capacity_control.solve(progress=show)
             reference = left_out, GATE
             for layer, weight in weights.items():
-                self.set_router(routers[layer], weight)
+                self.set_parameter(routers[layer].weight, weight)
         elif self.capacity_control is not None:
             cuts = self.capacity_control.cuts()
         elif not len(calibration_rows):
@@ -283,7 +325,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         weights = self.router_state()
         for layer, factor in factors.items():
             if factor != 1.0:
-                self.set_router(routers[layer], weights[router_name(layer)] * factor)
+                self.set_parameter(routers[layer].weight, weights[router_name(layer)] * factor)
         self.units = {layer: factor * cuts[layer][1] for layer, factor in factors.items()}
         if reference is not None:
             layer = settings.layers[0]  # the shift is the same for all
@@ -319,13 +361,14 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        if self.args.router_learning_rate is not None:
-            routers = {id(router.weight) for router in self.model.router_modules().values()}
-            for group in list(optimizer.param_groups):
-                apart = [parameter for parameter in group["params"] if id(parameter) in routers]
-                if apart:
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in routers]
-                    optimizer.add_param_group({**group, "params": apart, "lr": self.args.router_learning_rate})
+        substitutes = [p for module in self.model.substitute_modules().values() for p in module.parameters()]
+        routers = [router.weight for router in self.model.router_modules().values()]
+        for parameters, rate in (
+            (substitutes, self.args.substitute_learning_rate),
+            (routers, self.args.router_learning_rate),
+        ):
+            if rate is not None:
+                _set_apart(optimizer, parameters, rate)
         # DeepSpeed drops groups without parameters, and a scheduler's state has a rate for each group
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
@@ -359,6 +402,16 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums.clone(), reduction="sum")
+
+
+def _set_apart(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
+    """Move parameters, as far as the optimizer has them, into groups of their own with this learning rate."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        apart = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        if apart:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+            optimizer.add_param_group({**group, "params": apart, "lr": rate})
 
 
 def _without(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:

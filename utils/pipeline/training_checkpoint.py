@@ -1,9 +1,9 @@
 """What a run goes on from: small `checkpoint-N` folders, with all but the frozen backbone.
 
-A checkpoint holds routers (and whatever else trains), optimizer, scheduler, the capacity control's state, random
-states, the Trainer's state, which has the position in the data, and a manifest. One process writes it into a folder of
-another name that is then renamed, so what is called `checkpoint-N` was whole when it was written; the manifest's hashes
-show whether it still is. It loads into any number of processes, with or without DeepSpeed.
+A checkpoint holds routers, substitutes (and whatever else trains), optimizer, scheduler, the capacity control's state,
+random states, the Trainer's state, which has the position in the data, and a manifest. One process writes it into a
+folder of another name that is then renamed, so what is called `checkpoint-N` was whole when it was written; the
+manifest's hashes show whether it still is. It loads into any number of processes, with or without DeepSpeed.
 
 With a trained backbone under DeepSpeed the engine writes files of its own, a part from each process, which load into as
 many processes only.
@@ -24,7 +24,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from utils.io.errors import UserError
 from utils.io.files import atomic_file, write_json
-from utils.model.checkpoint import ROUTERS_FILE, load_routers, router_name, save_routers
+from utils.model.checkpoint import (
+    ROUTERS_FILE,
+    SUBSTITUTES_FILE,
+    load_routers,
+    load_substitutes,
+    router_name,
+    save_routers,
+    save_substitutes,
+    substitute_parameters,
+    whole_parameters,
+)
 from utils.model.lora import Adapter, adapter_of, load_adapter
 
 from .optimizer_state import gather_optimizer_state, restore_optimizer_state
@@ -100,14 +110,23 @@ class TrainingCheckpoints:
 
     def router_state(self) -> dict[str, torch.Tensor]:
         """Return contract name -> float32 router weight on the CPU; every process must call it."""
-        routers = {router_name(layer): router.weight for layer, router in self.model.router_modules().items()}
+        return self._whole({router_name(layer): router.weight for layer, router in self.model.router_modules().items()})
+
+    def substitute_state(self) -> dict[str, torch.Tensor]:
+        """Return contract name -> float32 tensor of the substitutes on the CPU; every process must call it."""
+        return self._whole(substitute_parameters(self.model))
+
+    def _whole(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        values: dict[str, torch.Tensor] = dict(parameters)
         if self.is_deepspeed_enabled and self.optimizer is not None:
             from deepspeed.utils import safe_get_full_fp32_param
 
             # the optimizer's float32 copy: under bf16 the engine rounds the module's own, under ZeRO-3 it's in parts
-            full = {name: safe_get_full_fp32_param(weight) for name, weight in routers.items()}
-            routers = {name: weight if full[name] is None else full[name] for name, weight in routers.items()}
-        return {name: weight.detach().float().cpu().clone() for name, weight in routers.items()}
+            trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+            full = {name: safe_get_full_fp32_param(parameter) for name, parameter in trained.items()}
+            values |= {name: value for name, value in full.items() if value is not None}
+        with whole_parameters(value for value in values.values() if isinstance(value, torch.nn.Parameter)):
+            return {name: value.detach().float().cpu().clone() for name, value in values.items()}
 
     def adapter(self) -> Adapter | None:
         """Return the LoRA adapter that is trained, or None; every process must call it."""
@@ -124,35 +143,37 @@ class TrainingCheckpoints:
         if not self.args.router_only:
             super().save_model(output_dir, _internal_call)
         routers = self._gathered["routers"] if self._gathered else self.router_state()
+        substitutes = self._gathered["substitutes"] if self._gathered else self.substitute_state()
         adapter = self._gathered["adapter"] if self._gathered else self.adapter()
         if self.args.should_save:
             directory = Path(output_dir or self.args.output_dir)
             directory.mkdir(parents=True, exist_ok=True)
             save_routers(directory / ROUTERS_FILE, routers, self.model.config.mod_settings)
+            if substitutes:
+                save_substitutes(directory / SUBSTITUTES_FILE, substitutes, self.model.config.mod_settings)
             if adapter is not None:
                 adapter.save(directory)
             if self.capacity_control is not None:
                 _save(self.capacity_control.state_dict(), directory / CONTROL_FILE)
 
     @torch.no_grad()
-    def set_router(self, router: torch.nn.Module, weight: torch.Tensor) -> None:
-        """Give a router another weight; every process must call it."""
-        if not (self.is_deepspeed_enabled and self.optimizer is not None):
-            router.weight.copy_(weight)
-            return
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
+    def set_parameter(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Give a parameter another value; every process must call it."""
+        if self.is_deepspeed_enabled and self.optimizer is not None and parameter.requires_grad:
+            from deepspeed.utils import safe_set_full_fp32_param
 
-        weight = weight.to(self.args.device)
-        safe_set_full_fp32_param(router.weight, weight)
-        with deepspeed.zero.GatheredParameters([router.weight], modifier_rank=0):
-            router.weight.copy_(weight)
+            safe_set_full_fp32_param(parameter, value.to(self.args.device))
+        with whole_parameters([parameter]):
+            parameter.copy_(value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.args.router_only:
-            load_routers(model if model is not None else self.model, resume_from_checkpoint)
+            model = model if model is not None else self.model
+            load_routers(model, resume_from_checkpoint)
+            if model.substitute_modules():
+                load_substitutes(model, resume_from_checkpoint)
             if self.args.use_lora:
-                load_adapter(model if model is not None else self.model, resume_from_checkpoint)
+                load_adapter(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -225,6 +246,7 @@ class TrainingCheckpoints:
             raise OSError(problem)
         return {
             "routers": self.router_state(),
+            "substitutes": self.substitute_state(),
             "adapter": self.adapter(),
             "optimizer": gather_optimizer_state(self.model, self.optimizer, self.args.should_save),
             "random_states": {name: content for name, content, _ in random_states},

@@ -1,0 +1,266 @@
+"""Substitutes: what a skipped branch returns, the same in dense and sparse execution, and the closed-form fit."""
+
+import json
+
+import pytest
+import torch
+from model_zoo import (
+    HIDDEN_SIZE,
+    LAYERS,
+    all_pairs,
+    make_pair,
+    pad,
+    random_tokens,
+    randomize_routers,
+    randomize_substitutes,
+    texts,
+)
+from safetensors.torch import load_file
+from transformers import DynamicCache
+
+from utils.io.errors import UserError
+from utils.model.checkpoint import add_substitutes, load_substitutes, save_substitutes, substitute_parameters
+from utils.model.configuration_mod import GRANULARITIES, MoDSettings
+from utils.pipeline.substitutes import BranchMoments, Moments, check_enough, rows_to_fit, solve
+
+LOGITS_BOUND = 2e-5
+"""Float32: a matrix product over fewer rows may sum in another order."""
+SUBSTITUTE = {"kind": "linear", "rank": 4}
+
+every_pair = pytest.mark.parametrize(("arch", "granularity"), all_pairs())
+every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
+
+
+def substituted(arch: str, granularity: str, **settings):
+    """Return a routed model whose routers decide at random and whose substitutes are random."""
+    _, model = make_pair(arch, granularity, substitute=SUBSTITUTE, **settings)
+    return randomize_substitutes(randomize_routers(model, scale=0.7))
+
+
+@every_pair
+def test_sparse_equals_dense(arch, granularity):
+    model = substituted(arch, granularity)
+    for side in ("left", "right"):
+        input_ids, mask = pad(texts((9, 4, 12, 7, 1, 12)), side, extra=1)
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        with torch.no_grad():
+            dense, sparse = (model(**inputs, execution=execution) for execution in ("dense", "sparse"))
+            plain = model(**inputs, route=False)
+        real = mask.bool()
+        assert torch.equal(dense.router_gates, sparse.router_gates)
+        torch.testing.assert_close(sparse.logits[real], dense.logits[real], atol=LOGITS_BOUND, rtol=1e-5)
+        assert (dense.logits - plain.logits)[real].abs().max() > 0.01
+
+
+@every_granularity
+def test_generation_equals_the_dense_specification_with_cache_beams_and_padding(granularity):
+    model = substituted("llama", granularity)
+    input_ids, mask = pad(texts((5, 9, 3)), "left")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    for beams in (1, 2):
+        dense, sparse = (
+            model.generate(input_ids, num_beams=beams, execution=execution, **options)
+            for execution in ("dense", "sparse")
+        )
+        assert torch.equal(dense, sparse)
+
+
+@every_granularity
+def test_a_cached_continuation_equals_the_whole_forward(granularity):
+    model, tokens = substituted("llama", granularity), random_tokens(3, 12)
+    prompt = torch.arange(12).expand(3, -1) < 7
+    with torch.no_grad():
+        whole = model(tokens, token_mask=prompt if granularity.endswith("sequence") else None, use_cache=False).logits
+        first = model(tokens[:, :7], past_key_values=DynamicCache(config=model.config))
+        rest = model(tokens[:, 7:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest, whole[:, 7:], atol=LOGITS_BOUND, rtol=1e-5)
+
+
+@every_granularity
+def test_what_is_skipped_everywhere_is_the_substitute_alone(granularity):
+    _, model = make_pair("llama", granularity, layers=(2,), substitute=SUBSTITUTE, threshold=0.9)
+    randomize_substitutes(model)
+    layer = model.model.layers[2]
+    inputs, seen = random_tokens(2, 6), {}
+    layer.register_forward_hook(lambda module, args, output: seen.update(before=args[0], after=output))
+    with torch.no_grad():
+        model(inputs)
+        hidden_states = seen["before"]
+        attention = layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden_states),
+            position_embeddings=model.model.rotary_emb(hidden_states, torch.arange(6)[None]),
+            attention_mask=None,
+        )[0]
+        if granularity.startswith("block"):
+            expected = hidden_states + layer.substitute(layer.input_layernorm(hidden_states))
+        elif granularity.startswith("attn"):
+            expected = hidden_states + layer.substitute(layer.input_layernorm(hidden_states))
+            expected = expected + layer.mlp(layer.post_attention_layernorm(expected))
+        else:
+            expected = hidden_states + attention
+            expected = expected + layer.substitute(layer.post_attention_layernorm(expected))
+    torch.testing.assert_close(seen["after"], expected, atol=LOGITS_BOUND, rtol=1e-5)
+
+
+@every_granularity
+def test_a_substitute_learns_from_what_is_skipped_and_from_nothing_else(granularity):
+    for threshold, learns in ((0.9, True), (0.1, False)):
+        _, model = make_pair("llama", granularity, substitute=SUBSTITUTE, threshold=threshold)
+        randomize_substitutes(model).train()
+        model(random_tokens(2, 6), labels=random_tokens(2, 6)).loss.backward()
+        for substitute in model.substitute_modules().values():
+            assert bool(substitute.down.grad.any()) is learns
+
+
+def test_substitutes_stand_in_the_config_only_where_there_are_some():
+    plain = MoDSettings("attn_token", (1, 2))
+    assert "substitute" not in plain.to_dict()
+    ranks = MoDSettings("attn_token", (1, 2), substitute={"kind": "linear", "rank": [3, 5]})
+    assert json.loads(json.dumps(ranks.to_dict()))["substitute"] == {"kind": "linear", "rank": [3, 5]}
+    assert MoDSettings.from_dict(ranks.to_dict()) == ranks
+    assert ranks.substitute_rank(2) == 5
+
+
+@pytest.mark.parametrize(
+    ("substitute", "message"),
+    [
+        ({"kind": "linaer", "rank": 4}, "did you mean 'linear'"),
+        ({"kind": "linear", "rank": 0}, "rank 0 must be a whole number from 1"),
+        ({"kind": "linear", "rank": 2.5}, "rank 2.5 must be a whole number"),
+        ({"kind": "linear", "rank": [4]}, "1 numbers for 3 routed layers"),
+        ({"kind": "linear"}, "must have the fields kind and rank"),
+        ({"kind": "linear", "rank": HIDDEN_SIZE + 1}, "between 1 and the hidden size"),
+    ],
+)
+def test_a_wrong_substitute_is_named(substitute, message):
+    with pytest.raises(ValueError, match=message):
+        make_pair("llama", "attn_token", substitute=substitute)
+
+
+def test_a_missing_substitute_is_an_error_of_loading(tmp_path):
+    model = substituted("llama", "mlp_token")
+    model.save_pretrained(tmp_path)
+    assert substitute_parameters(type(model).from_pretrained(tmp_path)).keys() == substitute_parameters(model).keys()
+    state = model.state_dict()
+    del state[f"model.layers.{LAYERS[0]}.substitute.up"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"missing weights: model.layers.1.substitute.up"):
+        type(model).from_pretrained(tmp_path)
+
+
+class TestTheFile:
+    def test_round_trip(self, tmp_path):
+        model = substituted("llama", "attn_token")
+        save_substitutes(tmp_path / "substitutes.safetensors", substitute_parameters(model), model.mod_settings)
+        _, other = make_pair("llama", "attn_token", substitute=SUBSTITUTE)
+        load_substitutes(other, tmp_path)
+        for (name, parameter), loaded in zip(
+            substitute_parameters(model).items(), substitute_parameters(other).values(), strict=True
+        ):
+            assert torch.equal(parameter, loaded), name
+        assert sorted(load_file(tmp_path / "substitutes.safetensors"))[0] == "model.layers.1.substitute.bias"
+
+    @pytest.mark.parametrize(
+        ("granularity", "layers", "rank", "message"),
+        [
+            ("mlp_token", LAYERS, 4, "substitutes for attn_token"),
+            ("attn_token", (1, 3), 4, "has the unknown model.layers.4.substitute"),
+            ("attn_token", (1, 2, 3, 4), 4, "lacks model.layers.2.substitute"),
+            ("attn_token", LAYERS, 5, "another rank"),
+        ],
+    )
+    def test_of_another_model_layer_or_rank_is_refused(self, tmp_path, granularity, layers, rank, message):
+        model = substituted("llama", "attn_token")
+        save_substitutes(tmp_path / "substitutes.safetensors", substitute_parameters(model), model.mod_settings)
+        _, other = make_pair("llama", granularity, layers=layers, substitute={"kind": "linear", "rank": rank})
+        with pytest.raises(UserError, match=message):
+            load_substitutes(other, tmp_path)
+
+    def test_none_there_is_refused(self, tmp_path):
+        _, model = make_pair("llama", "attn_token", substitute=SUBSTITUTE)
+        with pytest.raises(UserError, match=r"no substitutes.safetensors there"):
+            load_substitutes(model, tmp_path)
+
+
+def test_substitutes_that_are_added_are_at_zero_and_change_nothing():
+    _, model = make_pair("llama", "block_token")
+    tokens = random_tokens(2, 9)
+    randomize_routers(model, scale=0.7)
+    with torch.no_grad():
+        before = model(tokens).logits
+        add_substitutes(model, SUBSTITUTE)
+        torch.testing.assert_close(model(tokens).logits, before, atol=LOGITS_BOUND, rtol=1e-5)
+    assert model.config.mod["substitute"] == SUBSTITUTE
+    with pytest.raises(UserError, match="between 1 and the hidden size"):
+        add_substitutes(model, {"kind": "linear", "rank": 33})
+
+
+class TestTheFit:
+    def test_a_low_rank_map_is_recovered(self):
+        generator = torch.Generator().manual_seed(0)
+        left, right = torch.randn(16, 3, generator=generator), torch.randn(3, 16, generator=generator)
+        inputs = torch.randn(4000, 16, generator=generator)
+        moments = Moments.zero(16, torch.device("cpu"))
+        for part in inputs.split(500):
+            moments.add(part, part @ (left @ right).T + 2.0)
+        fitted, left_over = solve(moments, rank=3)
+        assert left_over < 1e-3
+        found = fitted["up"] @ fitted["down"]
+        torch.testing.assert_close(found.float(), left @ right, atol=0.1, rtol=0.05)
+
+    def test_no_map_of_the_rank_leaves_less(self):
+        # against a general minimiser, from several starts
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(600, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7)
+        outputs = torch.tanh(inputs @ torch.randn(6, 6, generator=generator, dtype=torch.float64))
+        moments = Moments.zero(6, torch.device("cpu"))
+        moments.add(inputs, outputs)
+        _, left = solve(moments, rank=2)
+        variance = ((outputs - outputs.mean(dim=0)) ** 2).sum()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            down, up = torch.randn(2, 6, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+            bias = torch.zeros(6, dtype=torch.float64)
+            parameters = [value.requires_grad_() for value in (down, up, bias)]
+            optimizer = torch.optim.LBFGS(parameters, max_iter=300, line_search_fn="strong_wolfe")
+
+            def loss(optimizer=optimizer, down=down, up=up, bias=bias):
+                optimizer.zero_grad()
+                value = ((outputs - inputs @ down.T @ up.T - bias) ** 2).sum() / variance
+                value.backward()
+                return value
+
+            optimizer.step(loss)
+            assert left < float(loss().detach()) + 2e-3  # the ridge costs a little
+
+    @pytest.mark.parametrize(
+        ("arch", "granularity"), [("llama", g) for g in GRANULARITIES] + [("olmoe", "expert_token")]
+    )
+    def test_moments_are_of_real_tokens_input_and_output_of_what_is_gated(self, arch, granularity):
+        _, model = make_pair(arch, granularity, layers=(2,), substitute=SUBSTITUTE)
+        input_ids, mask = pad(texts((7, 4)), "right")
+        with torch.no_grad(), BranchMoments(model) as branches:
+            for batch in branches.following([{"input_ids": input_ids, "attention_mask": mask}]):
+                model(**batch, route=False)
+            kept = model(input_ids, attention_mask=mask, output_hidden_states=True, route=False).hidden_states
+            layer = model.model.layers[2]
+            entered, left = kept[2][mask.bool()], kept[3][mask.bool()]
+        moments = branches.moments[2]
+        if granularity.startswith("block"):
+            torch.testing.assert_close(moments.outputs.float(), 2 * (left - entered).sum(dim=0), atol=1e-4, rtol=1e-4)
+        if granularity.split("_")[0] in ("attn", "block"):
+            normed = layer.input_layernorm(entered)
+            torch.testing.assert_close(moments.inputs.float(), 2 * normed.sum(dim=0), atol=1e-4, rtol=1e-4)
+        assert moments.products.shape == (HIDDEN_SIZE, HIDDEN_SIZE)
+        assert moments.squares > 0
+        if granularity != "expert_token":
+            assert moments.weight == 2 * 11
+
+    def test_too_few_rows_say_how_many_are_needed(self):
+        check_enough([16, 16], 32)
+        with pytest.raises(UserError, match=r"2 training rows have 20 tokens.* needs 32.* about 4 such rows"):
+            check_enough([10, 10], 32)
+
+    def test_it_takes_no_more_rows_than_it_needs(self):
+        assert rows_to_fit([10] * 100, 4) == 4
+        assert rows_to_fit([10] * 3, 4) == 3

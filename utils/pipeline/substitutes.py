@@ -1,0 +1,213 @@
+"""Fit the substitutes in closed form: ridge regression of a branch's output on its normed input, cut to a low rank.
+
+`S(x) = U D x + b` minimises `sum_i |F(x_i) - S(x_i)|^2`, `x` and `F` as in `substitute_mod.py`, over tokens of the
+training rows in the dense model. Only sums over tokens are kept, so memory doesn't grow with the rows, and the layers
+are solved one after the other, in float64. Of all maps of rank r the best is the full solution `B`, seen through its r
+strongest output directions: the eigenvectors of `B' C B`, `C` being the covariance of the inputs (reduced-rank
+regression). It is a start: training goes on from it, together with the routers (`RouterTrainer`).
+
+For experts `F` is what a layer's experts return together for a token, `sum_i G_i E_i / sum_i G_i`, each token counting
+with the square of `sum_i G_i`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from utils.io.errors import UserError
+
+RIDGE = 1e-2
+"""Strength of the ridge, in units of the inputs' mean variance."""
+TOKENS_PER_FEATURE = 8
+"""Tokens that a fit takes, as far as there are so many, for each feature of the hidden states."""
+RANK_SHARE = {"attn": 12, "mlp": 9, "block": 8, "expert": 9}
+"""What is gated -> hidden size over default rank, by which a substitute computes a few percent of its branch."""
+
+
+def default_rank(hidden_size: int, target: str) -> int:
+    """Return the rank of the substitutes where none was asked for."""
+    return max(1, hidden_size // RANK_SHARE[target])
+
+
+def check_enough(lengths: Iterable[int], hidden_size: int) -> None:
+    """Raise `UserError` where rows of these lengths, in tokens, are too few to fit maps of the hidden states."""
+    lengths = list(lengths)
+    tokens = sum(lengths)
+    if tokens < hidden_size:
+        rows = -(-hidden_size * len(lengths) // max(tokens, 1))
+        raise UserError(
+            f"substitute linear: the {len(lengths)} training rows have {tokens} tokens, and a fit needs {hidden_size}, "
+            f"the hidden size: about {rows} such rows; give more rows, or take --substitute none"
+        )
+
+
+def rows_to_fit(lengths: Iterable[int], hidden_size: int) -> int:
+    """Return how many of the first rows, of these lengths in tokens, a fit takes."""
+    tokens = rows = 0
+    for length in lengths:
+        if tokens >= TOKENS_PER_FEATURE * hidden_size:
+            break
+        tokens, rows = tokens + length, rows + 1
+    return rows
+
+
+@dataclass
+class Moments:
+    """Sums over a layer's tokens, float64.
+
+    Args:
+        weight: [], of the tokens' weights.
+        inputs, outputs: [hidden_size].
+        products: [hidden_size, hidden_size], of inputs with inputs.
+        crossed: [hidden_size, hidden_size], of inputs with outputs.
+        squares: [], of the outputs' squared lengths.
+    """
+
+    weight: torch.Tensor
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    products: torch.Tensor
+    crossed: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def zero(cls, hidden_size: int, device: torch.device) -> "Moments":
+        """Return the sums over no tokens."""
+        shapes = (), (hidden_size,), (hidden_size,), (hidden_size, hidden_size), (hidden_size, hidden_size), ()
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add tokens: inputs and outputs [tokens, hidden_size], weights [tokens] or None for 1."""
+        x, y = inputs.float(), outputs.float()
+        weighed_x, weighed_y = (x, y) if weights is None else (x * weights[:, None], y * weights[:, None])
+        self.weight += len(x) if weights is None else weights.sum()
+        self.inputs += weighed_x.sum(dim=0)
+        self.outputs += weighed_y.sum(dim=0)
+        self.products += weighed_x.T @ x
+        self.crossed += weighed_x.T @ y
+        self.squares += (weighed_y * y).sum()
+
+
+class BranchMoments:
+    """Collects the moments of the routed branches in the forwards within its block.
+
+    Use it as `with BranchMoments(model) as branches: for batch in branches.following(batches): model(...)`; forwards
+    keep every input.
+
+    Args:
+        model: a routed model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.settings = model.config.mod_settings
+        routers = model.router_modules()
+        size = model.config.hidden_size
+        self.moments = {layer: Moments.zero(size, router.weight.device) for layer, router in routers.items()}
+        self._mask: torch.Tensor | None = None  # bool [batch * tokens], of the batch that is running
+        self._attended: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._handles: list[Any] = []
+
+    def following(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
+        """Yield batches, whose `attention_mask` says which of their tokens are real."""
+        for batch in batches:
+            self._mask = batch["attention_mask"].flatten().bool()
+            yield batch
+
+    def __enter__(self) -> "BranchMoments":
+        layers, target = self.model.get_decoder().layers, self.settings.target
+        for index in self.settings.layers:
+            if target == "expert":
+                self._handles.append(layers[index].mlp.experts.register_forward_hook(self._of_experts(index)))
+                continue
+            if target != "mlp":
+                hook = self._of_attention(index)
+                self._handles.append(layers[index].self_attn.register_forward_hook(hook, with_kwargs=True))
+            if target != "attn":
+                self._handles.append(layers[index].mlp.register_forward_hook(self._of_mlp(index)))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _add(self, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        inputs, outputs = (values.detach().flatten(0, 1)[self._mask] for values in (inputs, outputs))
+        self.moments[layer].add(inputs, outputs)
+
+    def _of_attention(self, layer: int):
+        def hook(module, args, kwargs, output):
+            seen = kwargs["hidden_states"], output[0]
+            if self.settings.target == "attn":
+                self._add(layer, *seen)
+            else:
+                self._attended[layer] = seen
+
+        return hook
+
+    def _of_mlp(self, layer: int):
+        def hook(module, args, output):
+            if self.settings.target == "mlp":
+                self._add(layer, args[0], output)
+            else:  # a block's input is that of its attention, its output the sum of both branches
+                inputs, attention = self._attended.pop(layer)
+                self._add(layer, inputs, attention + output)
+
+        return hook
+
+    def _of_experts(self, layer: int):
+        def hook(module, args, output):
+            tokens, _, weights = args
+            tokens, output, total = (values.detach()[self._mask] for values in (tokens, output, weights.sum(dim=-1)))
+            total = total.float().clamp(min=1e-6)
+            self.moments[layer].add(tokens, output / total[:, None], total**2)
+
+        return hook
+
+
+def solve(moments: Moments, rank: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Return the substitute that fits best, and the share of the outputs' variance that it leaves.
+
+    Args:
+        moments: of a layer.
+        rank: of the map, from 1 to the hidden size.
+
+    Returns:
+        Parameter of `MoDSubstitute` -> float64 tensor; `down` and `up` have equal norms along each direction.
+    """
+    count = moments.weight.clamp(min=1e-9)
+    mean_x, mean_y = moments.inputs / count, moments.outputs / count
+    covariance = moments.products / count - torch.outer(mean_x, mean_x)
+    crossed = moments.crossed / count - torch.outer(mean_x, mean_y)
+    variance = moments.squares / count - mean_y @ mean_y
+    ridge = RIDGE * covariance.diagonal().mean() + 1e-12
+    full = torch.linalg.solve(covariance + ridge * torch.eye(len(covariance)).to(covariance), crossed)  # y ~ x full
+    _, directions = torch.linalg.eigh(full.T @ covariance @ full)
+    up = directions[:, -rank:]  # eigenvalues ascend
+    down = up.T @ full.T
+    scale = down.norm(dim=1).clamp(min=1e-12).sqrt()
+    down, up = down / scale[:, None], up * scale
+    fit = up @ down
+    left = variance - 2 * (fit * crossed.T).sum() + ((fit @ covariance) * fit).sum()
+    return {"down": down, "up": up, "bias": mean_y - fit @ mean_x}, float(left / variance.clamp(min=1e-30))
+
+
+def solve_all(
+    moments: Mapping[int, Moments], ranks: Mapping[int, int], progress: bool = False
+) -> tuple[dict[int, dict[str, torch.Tensor]], dict[int, float]]:
+    """Return `solve`'s of each layer: layer index -> parameters, and layer index -> share of variance left.
+
+    Args:
+        moments: layer index -> moments.
+        ranks: layer index -> rank.
+        progress: show a bar.
+    """
+    parameters, left = {}, {}
+    for layer in tqdm(moments, desc="fitting substitutes", unit="layer", disable=not progress):
+        parameters[layer], left[layer] = solve(moments[layer], ranks[layer])
+    return parameters, left
