@@ -51,6 +51,7 @@ def test_training_gives_a_checkpoint_of_routers_and_a_report(moe_trained, upcycl
     directory, result = moe_trained
     config = json.loads((directory / "config.json").read_text())
     assert config["model_type"] == "mod_mixtral"
+    assert config["architectures"] == ["MoDMixtralForCausalLM"]
     assert config["mod"]["granularity"] == "expert_token"
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_moe_mod.MoDMixtralForCausalLM"
     assert os.path.samefile(directory / "base.safetensors", upcycled / "base.safetensors")

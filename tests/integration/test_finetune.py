@@ -43,10 +43,8 @@ class TestARun:
         directory, _ = trained
         config = json.loads((directory / "config.json").read_text())
         base = json.loads((workplace / "base/config.json").read_text())
-        assert {name: config[name] for name in base if name != "model_type"} == {
-            name: value for name, value in base.items() if name != "model_type"
-        }
-        assert config["model_type"] == "mod_llama"
+        ours = {"model_type": "mod_llama", "architectures": ["MoDLlamaForCausalLM"]}
+        assert {name: config[name] for name in base} == base | ours
         assert config["mod"]["granularity"] == "attn_sequence"
         assert config["mod"]["layers"] == [2, 3, 4]
         assert config["mod"]["target_capacity"] == 0.5
