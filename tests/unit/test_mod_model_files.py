@@ -17,6 +17,7 @@ from model_zoo import (
     randomize_routers,
     texts,
 )
+from rounding import rounding
 from safetensors.torch import load_file, save_file
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
@@ -59,7 +60,7 @@ def test_a_saved_model_has_the_names_of_the_base_and_float32_routers(arch, dtype
 
 @every_architecture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_model_loads_with_equal_logits(arch, dtype, tmp_path):
+def test_a_saved_model_loads_with_the_same_logits(arch, dtype, tmp_path):
     _, original = make_pair(arch, "mlp_token")
     randomize_routers(original, scale=0.7).save_pretrained(tmp_path / "original")
     # a load casts the weights and not the rotary frequencies, which `model.to(dtype)` would cast as well
@@ -70,9 +71,10 @@ def test_a_saved_model_loads_with_equal_logits(arch, dtype, tmp_path):
     assert not loaded.training
     input_ids, mask = pad(texts((9, 4)), "left")
     with torch.no_grad():
-        assert loaded(input_ids, mask).logits.equal(model(input_ids, mask).logits)
-        if dtype == torch.float32:
-            assert loaded(input_ids, mask).logits.equal(original(input_ids, mask).logits)
+        logits = loaded(input_ids, mask).logits
+        for other in (model, original) if dtype == torch.float32 else (model,):
+            expected = other(input_ids, mask).logits
+            torch.testing.assert_close(logits, expected, rtol=0, atol=rounding(expected, terms=1000))
     for index, router in original.router_modules().items():
         assert loaded.router_modules()[index].weight.dtype == torch.float32
         assert loaded.router_modules()[index].weight.equal(router.weight)
@@ -200,7 +202,8 @@ for folder in sorted(root.iterdir()):
         assert not model.training
         with torch.no_grad():
             output = model(case["input_ids"], attention_mask=case["attention_mask"])
-        assert output.logits.equal(case["logits"]), (folder.name, (output.logits - case["logits"]).abs().max())
+        difference = (output.logits - case["logits"]).abs().max().item()
+        assert difference <= case["bound"], (folder.name, difference)
         assert output.router_gates.equal(case["gates"])
         generated = model.generate(case["input_ids"], attention_mask=case["attention_mask"], **case["generate"])
         assert generated.equal(case["generated"])
@@ -224,7 +227,7 @@ def test_a_process_without_the_repository_loads_runs_generates_and_saves_again(t
         with torch.no_grad():
             output = model(input_ids, mask)
         case = {"granularity": granularity, "input_ids": input_ids, "attention_mask": mask, "generate": generate}
-        case |= {"logits": output.logits, "gates": output.router_gates}
+        case |= {"logits": output.logits, "gates": output.router_gates, "bound": rounding(output.logits, terms=1000)}
         case["generated"] = model.generate(input_ids, attention_mask=mask, **generate)
         torch.save(case, models / f"{arch}.pt")
 

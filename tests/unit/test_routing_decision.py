@@ -19,7 +19,7 @@ from utils.model.configuration_mod import GRANULARITIES
 from utils.model.modeling_mod import MoDLlamaForCausalLM
 from utils.model.routing_mod import MoDRouter, decide, mean_over_tokens, straight_through
 
-SCORES_BOUND = 5e-6
+SCORES_BOUND = 2e-5
 """Float32: another batch, or a rotation from another position, rounds otherwise. The scores lie between 0 and 1."""
 
 LOGITS_BOUND = 5e-5

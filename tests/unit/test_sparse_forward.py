@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.model.configuration_mod import GRANULARITIES
 from utils.model.execution_mod import select_rows
 
-LOGITS_BOUND = 2e-5
+LOGITS_BOUND = 5e-5
 """Float32: a matrix product over fewer rows may sum in another order."""
 
 
@@ -83,7 +83,7 @@ def test_sparse_equals_dense(arch, granularity, attention):
         with torch.no_grad():
             dense, sparse = model(**inputs, execution="dense"), model(**inputs, execution="sparse")
         torch.testing.assert_close(sparse.logits[real], dense.logits[real], atol=LOGITS_BOUND, rtol=0)
-        torch.testing.assert_close(sparse.router_scores, dense.router_scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(sparse.router_scores, dense.router_scores, atol=2e-5, rtol=0)
         assert sparse.router_gates.equal(dense.router_gates)
         gates.append(dense.router_gates)
     assert 0.1 < torch.cat([gate.flatten() for gate in gates]).mean() < 0.9

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_zoo import ARCHITECTURES, LAYERS, NUM_LAYERS, VOCAB_SIZE, make_pair, pad, randomize_routers, texts
+from rounding import rounding
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -60,11 +61,11 @@ class TestTheLoss:
         targets[rows // 2 :: 7] = -100
         expected = F.cross_entropy(head(states), targets, reduction="sum")
         loss = next_token_nll(states, head, targets)
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=rounding(expected, terms=rows + 500))
         wanted = [states] if frozen else [states, head.weight]
         gradients = torch.autograd.grad(3 * loss, wanted)
         for gradient, other in zip(gradients, torch.autograd.grad(3 * expected, wanted), strict=True):
-            torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradient, other, rtol=0, atol=rounding(other, terms=max(rows, 500)))
 
     def test_a_low_precision_model_has_its_loss_in_float32(self):
         head = torch.nn.Linear(64, 800, bias=False, dtype=torch.bfloat16).requires_grad_(False)
@@ -83,7 +84,7 @@ class TestTheLoss:
         with torch.autocast("cpu", torch.bfloat16):
             loss = next_token_nll(states, head, targets)
         rounded = F.linear(states.bfloat16().float(), head.weight.bfloat16().float())
-        torch.testing.assert_close(loss, F.cross_entropy(rounded, targets, reduction="sum"), rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss, F.cross_entropy(rounded, targets, reduction="sum"), rtol=1e-4, atol=0)
         loss.backward()
         assert states.grad.dtype == head.weight.grad.dtype == torch.float32
 
@@ -176,6 +177,6 @@ class TestWhatAStepCosts:
         checkpointed = [layer.gradient_checkpointing for layer in trainer.model.model.layers]
         assert checkpointed == [index >= LAYERS[0] for index in range(NUM_LAYERS)]
         assert not trainer.model.get_input_embeddings()._forward_hooks
-        assert torch.equal(loss, again)
+        torch.testing.assert_close(again, loss, rtol=1e-5, atol=0)  # recomputed with gradients, by another kernel
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=rounding(expected[name], terms=2000))

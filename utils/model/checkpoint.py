@@ -481,10 +481,14 @@ def merge_adapter(trained_dir: str | Path, output_dir: str | Path) -> str:
 
 
 def mod_config(source_config: dict[str, Any], settings: MoDSettings) -> dict[str, Any]:
-    """Return the `config.json` of a MoD checkpoint: the base's fields unchanged, plus what makes it one."""
+    """Return the `config.json` of a MoD checkpoint: the base's fields unchanged, plus what makes it one.
+
+    `architectures` names the routed class: a server chooses its model by it, and would run the dense base.
+    """
     model_class = model_class_for(source_config)
     return {
         **source_config,
+        "architectures": [model_class.__name__],
         "model_type": model_class.config_class.model_type,
         "auto_map": {
             "AutoConfig": f"configuration_mod.{model_class.config_class.__name__}",
