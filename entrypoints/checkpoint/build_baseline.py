@@ -166,8 +166,8 @@ def spread(model, batches):
     moments = router_moments(model, batches)
     routers = model.router_modules()
     return {
-        layer: (routers[layer](mean).tolist(), float((routers[layer].weight * deviation).norm(dim=1).mean()))
-        for layer, (mean, deviation) in moments.items()
+        layer: (routers[layer](of.mean).tolist(), float((routers[layer].weight * of.deviation).norm(dim=1).mean()))
+        for layer, of in moments.items()
     }
 
 

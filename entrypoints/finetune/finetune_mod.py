@@ -76,7 +76,7 @@ def main() -> int | None:
         )
         return TERMINATED
     trainer.save_state()
-    trainer.finish(calibration_set)
+    trainer.finish(calibration_set, ends_of_answers(tokenizer, data_args))
 
     results = measure(trainer, eval_set)
     save(trainer, model_args, model_dir, results)
@@ -92,6 +92,14 @@ def check_substitute(training_args, settings, config):
         raise UserError(
             f"the checkpoint holds substitutes of rank {held['rank']}: for others, or none, train from the dense base"
         )
+
+
+def ends_of_answers(tokenizer, data_args):
+    """Return the tokens that end an answer: the tokenizer's own, and the chat's mark at the end of a turn."""
+    from utils.data.chat_format import make_chat_format
+
+    mark = make_chat_format(data_args.chat_format, tokenizer).end_mark
+    return {tokenizer.convert_tokens_to_ids(mark), tokenizer.eos_token_id} - {None}
 
 
 def prepare_data(data_args, training_args, tokenizer):

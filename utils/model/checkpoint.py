@@ -285,7 +285,7 @@ def add_substitutes(model: torch.nn.Module, substitute: dict[str, Any]) -> None:
     for layer, router in model.router_modules().items():
         made = MoDSubstitute(model.config.hidden_size, settings.substitute_rank(layer))
         model.get_decoder().layers[layer].substitute = made.to(router.weight.device)
-    _change_settings(model, settings)
+    model.set_mod_settings(settings)
 
 
 def save_substitutes(path: str | Path, substitutes: Mapping[str, torch.Tensor], settings: MoDSettings) -> None:
@@ -337,14 +337,12 @@ def read_units(directory: str | Path) -> dict[int, float] | None:
 
 def set_thresholds(model: torch.nn.Module, threshold: float | list) -> None:
     """Let a routed model decide by these thresholds, given as in `MoDSettings`."""
-    _change_settings(model, replace(model.config.mod_settings, threshold=threshold))
+    change_settings(model, threshold=threshold)
 
 
-def _change_settings(model: torch.nn.Module, settings: MoDSettings) -> None:
-    model.config.mod = settings.to_dict()
-    for module in model.modules():
-        if hasattr(module, "mod_settings"):
-            module.mod_settings = settings
+def change_settings(model: torch.nn.Module, **fields: Any) -> None:
+    """Let a routed model run with other values of these fields of `MoDSettings`."""
+    model.set_mod_settings(replace(model.config.mod_settings, **fields))
 
 
 def whole_parameters(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:

@@ -5,7 +5,8 @@ router, what the router gates, and where its threshold lies. This file travels i
 """
 
 import difflib
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from transformers import (
@@ -48,10 +49,18 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+def _between(low: Any, high: Any, part: float) -> Any:
+    """Return thresholds between two, `part` of the way, in logits."""
+    if isinstance(low, tuple):
+        return tuple(_between(a, b, part) for a, b in zip(low, high, strict=True))
+    a, b = (math.log(threshold / (1 - threshold)) for threshold in (low, high))
+    return 1 / (1 + math.exp(-(a + part * (b - a))))
+
+
 def _as_lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _as_lists(each) for name, each in value.items()}
-    return [_as_lists(each) for each in value] if isinstance(value, tuple) else value
+    return [_as_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _is_number(value: Any) -> bool:
@@ -88,6 +97,8 @@ class MoDSettings:
         base_model: name of the dense model that the checkpoint was made from; for the reader only.
         substitute: what a skipped branch returns instead of nothing, `{"kind": "linear", "rank": 64}`, the rank one
             number or one for each routed layer; None for nothing, as published.
+        capacities: what else the routers can execute, `{"capacity": 0.75, "threshold": [...]}` for each capacity that
+            they were calibrated for, ascending; None where they weren't. `at_capacity` chooses.
     """
 
     granularity: str
@@ -96,6 +107,7 @@ class MoDSettings:
     target_capacity: float | None = None
     base_model: str | None = None
     substitute: dict[str, Any] | None = None
+    capacities: tuple[dict[str, Any], ...] | None = None
 
     def __post_init__(self):
         check_choice("granularity", self.granularity, ALL_GRANULARITIES)
@@ -115,6 +127,47 @@ class MoDSettings:
         if capacity is not None and (not _is_number(capacity) or not 0.0 <= capacity <= 1.0):
             raise ValueError(f"target_capacity {capacity!r} must be a number between 0 and 1, or be left out")
         self._check_substitute()
+        if self.capacities is not None:
+            self._check_capacities()
+
+    def _check_capacities(self) -> None:
+        entries = tuple(self.capacities) if isinstance(self.capacities, list | tuple) else ()
+        if not all(isinstance(entry, dict) and set(entry) == {"capacity", "threshold"} for entry in entries):
+            raise ValueError("mod.capacities must be a list of objects with capacity and threshold, or be left out")
+        entries = tuple({**entry, "threshold": _as_tuples(entry["threshold"])} for entry in entries)
+        shares = [entry["capacity"] for entry in entries]
+        if not entries or not all(map(_is_number, shares)) or shares != sorted(set(shares)):
+            raise ValueError(f"mod.capacities {shares} must be one or more ascending numbers")
+        for entry in entries:  # each is a checkpoint's own setting
+            replace(self, threshold=entry["threshold"], target_capacity=entry["capacity"], capacities=None)
+        object.__setattr__(self, "capacities", entries)
+
+    def at_capacity(self, capacity: float) -> "MoDSettings":
+        """Return the settings by which this share of the inputs is executed.
+
+        Between two capacities that were calibrated, thresholds lie between theirs, in logits.
+
+        Raises:
+            ValueError: it was calibrated for none, or `capacity` lies outside those that it was calibrated for.
+        """
+        if not _is_number(capacity) or not 0.0 < capacity <= 1.0:
+            raise ValueError(f"capacity {capacity!r} must be a number above 0 and at most 1")
+        if self.capacities is None:
+            raise ValueError(
+                f"capacity {capacity}: the routers were calibrated for none but their own; recalibrate.py gives others"
+            )
+        shares = [entry["capacity"] for entry in self.capacities]
+        if not shares[0] <= capacity <= shares[-1]:
+            raise ValueError(
+                f"capacity {capacity} is outside what the routers were calibrated for, {shares[0]} to {shares[-1]} "
+                f"({', '.join(map(str, shares))})"
+            )
+        above = next(place for place, share in enumerate(shares) if share >= capacity)
+        below = above if shares[above] == capacity else above - 1
+        part = (capacity - shares[below]) / (shares[above] - shares[below]) if above != below else 0.0
+        low, high = (self.capacities[place]["threshold"] for place in (below, above))
+        threshold = low if above == below else _between(low, high, part)
+        return replace(self, threshold=threshold, target_capacity=capacity)
 
     def _check_substitute(self) -> None:
         substitute = self.substitute
@@ -149,8 +202,9 @@ class MoDSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into `config.json`."""
         values = {field.name: _as_lists(getattr(self, field.name)) for field in fields(self)}
-        if values["substitute"] is None:
-            del values["substitute"]
+        for name in ("substitute", "capacities"):
+            if values[name] is None:
+                del values[name]
         return values
 
     def threshold_of(self, layer: int) -> float | tuple[float, ...]:

@@ -35,6 +35,7 @@ from .configuration_mod import (
     MoDMistralConfig,
     MoDQwen2Config,
     MoDQwen3Config,
+    MoDSettings,
     check_choice,
 )
 from .execution_mod import dense_forward, sparse_forward
@@ -143,6 +144,21 @@ class MoDPreTrainedMixin:
         """Return layer index -> router, ascending."""
         layers = self.get_decoder().layers
         return {index: layers[index].router for index in self.mod_settings.layers}
+
+    def set_mod_settings(self, settings: MoDSettings) -> None:
+        """Run with other settings of the same layers, granularity and substitutes."""
+        self.config.mod = settings.to_dict()
+        for module in self.modules():
+            if hasattr(module, "mod_settings"):
+                module.mod_settings = settings
+
+    def set_capacity(self, capacity: float) -> None:
+        """Execute another share of the inputs: one of those that the checkpoint was calibrated for, or in between.
+
+        Raises:
+            ValueError: it was calibrated for none, or `capacity` lies outside those that it was calibrated for.
+        """
+        self.set_mod_settings(self.config.mod_settings.at_capacity(capacity))
 
     def substitute_modules(self) -> dict[int, MoDSubstitute]:
         """Return layer index -> substitute, ascending; empty where nothing stands in for what is skipped."""

@@ -165,6 +165,12 @@ class RouterTrainingArguments(TrainingArguments):
             "thresholds so that they execute the target capacity. 0: thresholds stay. Default: the recipe's."
         },
     )
+    capacities: list[float] = field(
+        default_factory=lambda: [0.5, 0.75, 0.9],
+        metadata={
+            "help": "Capacities to calibrate besides target_capacity: what one checkpoint can be set to, and between."
+        },
+    )
     regression_rows: int = field(
         default=1000,
         metadata={
@@ -388,8 +394,10 @@ class RouterTrainingArguments(TrainingArguments):
 
     def _check(self) -> None:
         """Raise `UserError` for what `TrainingArguments` would accept, or refuse with a traceback much later."""
-        if not 0.0 <= self.target_capacity <= 1.0:
-            raise UserError(f"target_capacity {self.target_capacity} must lie between 0 and 1")
+        for name, given in (("target_capacity", [self.target_capacity]), ("capacities", self.capacities)):
+            for capacity in given:
+                if not 0.0 < capacity <= 1.0:
+                    raise UserError(f"{name} {capacity} must be above 0 and at most 1")
         if not 0.0 <= self.distillation_weight <= 1.0:
             raise UserError(f"distillation_weight {self.distillation_weight} must lie between 0 and 1")
         if self.distillation_every < 1:

@@ -23,7 +23,7 @@ from utils.model.checkpoint import set_thresholds
 from utils.model.configuration_mod import MoDSettings
 from utils.model.routing_mod import Decision
 
-from .capacity_control import FORWARD_INPUTS, of_assigned
+from .capacity_control import FORWARD_INPUTS, of_assigned, tell, tilted
 
 Cut = float | list[float]
 """The logit from which a layer's inputs are kept; where experts are routed, one for each expert."""
@@ -125,6 +125,7 @@ def logits_of_routers(
     cuts: Mapping[int, tuple[Cut, float]],
     gates_of: Callable[[torch.Tensor], torch.Tensor],
     execution: str | None = None,
+    offset: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return `u` of all inputs of all layers, float [inputs].
 
@@ -132,6 +133,7 @@ def logits_of_routers(
         model, batches, cuts: as of `calibrate`.
         gates_of: the gates that it makes of a layer's `u`.
         execution: of the model; sparse execution takes any gate above 0 for 1.
+        offset: (layer index, router inputs [batch, tokens, hidden_size]) -> what `u` is less by, [batch, tokens].
     """
     seen: list[torch.Tensor] = []
     mask = None
@@ -140,6 +142,9 @@ def logits_of_routers(
     def rule(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
         cut, scale = cuts[layer]
         values = of_assigned((routers[layer](inputs) - torch.tensor(cut, device=inputs.device)) / scale, experts)
+        if offset is not None:
+            less = offset(layer, inputs)
+            values = values - (less if experts is None else less.unsqueeze(-1))
         seen.append(values if values.dim() == 1 else values[mask].flatten())
         gates = gates_of(values)
         return Decision(gates, gates, experts)
@@ -164,6 +169,143 @@ def _quantile(values: torch.Tensor, share: float) -> float:
     if place == len(ordered):
         return float(ordered[-1]) + 1.0
     return float(ordered[place - 1] + ordered[place]) / 2
+
+
+@torch.no_grad()
+def calibrate_parts(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    cuts: Mapping[int, tuple[Cut, float]],
+    tells: Mapping[int, torch.Tensor],
+    weights: Mapping[int, torch.Tensor],
+    target: float,
+    tolerance: float = 0.01,
+    runs: int = 4,
+    progress: bool = False,
+    execution: str | None = None,
+) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Cut, float]]]:
+    """Find routers that keep a share `target` of the tokens of prompts, and of those of answers.
+
+    Args:
+        model: a routed model, with the routers `weights`.
+        batches: `input_ids`, `attention_mask` and `answers`, bool [batch, tokens]; not trained on.
+        cuts: as of `calibrate`.
+        tells: layer index -> the guess at a token's part, as of `RouterMoments`.
+        weights: layer index -> the router's weight, float32 [1 or num_experts, hidden_size], whole.
+        target, tolerance, runs, progress, execution: as of `calibrate`.
+
+    Returns:
+        Layer index -> the router's new weight, and `cuts` that go with it. Where the batches have but one part, all as
+        it was.
+    """
+    shifts, best = (0.0, 0.0), (math.inf, (0.0, 0.0))
+    for _ in tqdm(range(runs), desc="calibrating prompts and answers", disable=not progress):
+        values, told, answers = _by_part(model, batches, cuts, tells, shifts, execution)
+        if answers.all() or not answers.any():
+            return dict(weights), dict(cuts)
+        kept = values - shifts[0] - (shifts[1] - shifts[0]) * told >= 0
+        off = max(abs(float(kept[part].double().mean()) - target) for part in (~answers, answers))
+        best = min(best, (off, shifts))
+        if off <= tolerance:
+            break
+        shifts = _shifts_of_parts(values, told, answers, target, shifts)
+    low, high = best[1]
+    new_weights, new_cuts = {}, {}
+    for layer, (cut, scale) in cuts.items():
+        start = torch.tensor(cut, dtype=torch.float32) + scale * low
+        weight, moved = tilted(weights[layer], start.reshape(-1), scale * (high - low), tells[layer])
+        new_weights[layer] = weight
+        new_cuts[layer] = (moved.tolist() if isinstance(cut, list) else float(moved), scale)
+    return new_weights, new_cuts
+
+
+def _by_part(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    cuts: Mapping[int, tuple[Cut, float]],
+    tells: Mapping[int, torch.Tensor],
+    shifts: tuple[float, float],
+    execution: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a model with these shifts; return of all inputs `u` without them, the guess and the true part, each [inputs].
+
+    Arguments are as of `calibrate_parts`; the values are float64, the parts bool, True for an answer's.
+    """
+    found: list[tuple[torch.Tensor, ...]] = []
+    for batch in batches:
+        mask, told = batch["attention_mask"].bool(), []
+
+        def offset(layer: int, inputs: torch.Tensor, told: list[torch.Tensor] = told) -> torch.Tensor:
+            told.append(tell(tells[layer].to(inputs.device), inputs))
+            return shifts[0] + (shifts[1] - shifts[0]) * told[-1]
+
+        seen = logits_of_routers(model, [batch], cuts, lambda u: (u >= 0).to(u.dtype), execution, offset)
+        each = len(seen) // (len(told) * int(mask.sum()))  # assignments of a token
+        guesses = torch.cat([guess[mask] for guess in told]).repeat_interleave(each).double()
+        answers = batch["answers"][mask].repeat(len(told)).repeat_interleave(each)
+        found.append((seen.double() + shifts[0] + (shifts[1] - shifts[0]) * guesses, guesses, answers))
+    return tuple(torch.cat(values).cpu() for values in zip(*found, strict=True))
+
+
+def _shifts_of_parts(
+    values: torch.Tensor, told: torch.Tensor, answers: torch.Tensor, target: float, shifts: tuple[float, float]
+) -> tuple[float, float]:
+    """Return shifts by which `values - h_0 (1 - told) - h_1 told` is at least 0 for `target` of each part's inputs."""
+    shifts = list(shifts)
+    for _ in range(10):  # a guess that is right for most makes the two nearly independent
+        for place, part in enumerate((~answers, answers)):
+            low, high = shifts[place] - 50.0, shifts[place] + 50.0
+            own = told[part] if place else 1 - told[part]
+            rest = values[part] - shifts[1 - place] * (1 - own)
+            for _ in range(40):
+                shifts[place] = (low + high) / 2
+                if float((rest >= shifts[place] * own).double().mean()) > target:
+                    low = shifts[place]
+                else:
+                    high = shifts[place]
+    return tuple(shifts)
+
+
+def calibrate_table(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    cuts: Mapping[int, tuple[Cut, float]],
+    capacities: Sequence[float],
+    **options: Any,
+) -> dict[float, dict[int, Cut]]:
+    """Return capacity -> layer index -> cut, each found as `calibrate` does.
+
+    Args:
+        model, batches, cuts: as of `calibrate`.
+        capacities: shares of the inputs.
+        options: further arguments of `calibrate`.
+    """
+    rows, table = sum(len(batch["input_ids"]) for batch in batches), {}
+    for capacity in capacities:
+        table[capacity], share = calibrate(model, batches, cuts, capacity, **options)
+        logger.info("capacity %.3g, calibrated on %d rows: %.3f of the inputs are executed", capacity, rows, share)
+    return table
+
+
+def pack_capacities(table: Mapping[float, list[Cut]]) -> list[dict[str, Any]]:
+    """Return thresholds by capacity as `MoDSettings` takes them."""
+    return [{"capacity": capacity, "threshold": table[capacity]} for capacity in sorted(table)]
+
+
+def fold_table(
+    table: Mapping[float, Mapping[int, Cut]],
+) -> tuple[dict[float, list[Cut]], dict[int, float]]:
+    """Turn the cuts of several capacities into thresholds, as `fold` does those of one; the factors hold for all."""
+    layers = list(next(iter(table.values())))
+    farthest = {layer: max(_farthest(cuts[layer]) for cuts in table.values()) for layer in layers}
+    factors = {layer: min(1.0, LARGEST_CUT / max(distance, 1e-9)) for layer, distance in farthest.items()}
+    thresholds = {
+        capacity: [
+            (torch.tensor(cuts[layer], dtype=torch.float64) * factors[layer]).sigmoid().tolist() for layer in layers
+        ]
+        for capacity, cuts in table.items()
+    }
+    return thresholds, factors
 
 
 def fold(cuts: Mapping[int, Cut]) -> tuple[list[Cut], dict[int, float]]:

@@ -1,7 +1,7 @@
 """The trainer: Hugging Face's own loop, with the routing loss, and capacity in the log."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from utils.io.errors import UserError
-from utils.model.checkpoint import router_name, set_thresholds, whole_parameters
+from utils.model.checkpoint import change_settings, router_name, set_thresholds, whole_parameters
 
+from .answers import answered
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
-from .calibration import calibrate, cuts_of, fold, pack_reference
+from .calibration import calibrate_parts, calibrate_table, cuts_of, fold_table, pack_capacities, pack_reference
 from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
@@ -74,7 +75,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self.reference: dict[str, Any] | None = None  # for such shifts, what routers make of rows that they never saw
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
-        self._window_inputs = self._window_tokens = torch.ones(())  # of all processes
+        self._window_inputs = self._window_tokens = torch.ones(1)  # of all processes, the former of each part
         self._route = True
         # processes that skip different layers would gather different weights, and wait for each other for ever
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -83,8 +84,12 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if self.args.capacity_control != "hinge":
             if self.args.capacity_control == "regression":
                 self._check_one_epoch()
-            make = {"budget": BudgetControl, "regression": RegressionControl}[self.args.capacity_control]
-            self.capacity_control = make(self.model.router_modules(), self.args.target_capacity)
+            routers, target = self.model.router_modules(), self.args.target_capacity
+            if self.args.capacity_control == "regression":
+                self.capacity_control = RegressionControl(routers, target)
+            else:
+                parts = 2 if self.model.config.mod_settings.level == "token" else 1
+                self.capacity_control = BudgetControl(routers, target, parts)
         self.add_callback(_ControlSteps(self))
         self._teacher = (
             DenseTeacher(self.model, share_prefix=not self._zero3) if self.args.distillation_weight else None
@@ -135,19 +140,22 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         last["real"] = real
         tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in batches)
         sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
-        inputs, settings = sequences, self.model.config.mod_settings
+        inputs, settings = [sequences], self.model.config.mod_settings
         if settings.level == "token":
-            inputs = sum(_mask(batch).sum() for batch in batches[:-1]) + (_mask(last) * real[:, None]).sum()
+            of_parts = [_parts(batch) for batch in batches]  # each [2, batch, tokens]
+            of_parts[-1] = of_parts[-1] * real[:, None]
+            inputs = sum(of_part.sum(dim=(1, 2)) for of_part in of_parts).unbind()
         if settings.target == "expert":  # each assignment of a token is an input
-            inputs = inputs * self.model.config.num_experts_per_tok
+            inputs = [count * self.model.config.num_experts_per_tok for count in inputs]
         received = torch.tensor(int(self.termination.received))
-        counts = torch.stack([count.to(device) for count in (tokens, sequences, inputs, received)])
+        counts = torch.stack([count.to(device) for count in (tokens, sequences, received, *inputs)])
         if self.args.world_size > 1:
-            tokens, sequences, inputs, received = self.accelerator.reduce(counts, reduction="sum").unbind()
-            self.termination.agree(received)
+            counts = self.accelerator.reduce(counts, reduction="sum")
+            self.termination.agree(counts[2])
+        tokens, sequences, inputs = counts[0], counts[1], counts[3:]
         self._window_sequences = sequences / self.args.world_size
-        self._window_inputs, self._window_tokens = inputs.to(device), tokens.to(device)
-        return batches, tokens.to(device)
+        self._window_inputs, self._window_tokens = inputs, tokens
+        return batches, tokens
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
@@ -156,7 +164,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         mask, targets = inputs.get("attention_mask"), inputs["targets"]
         if self.capacity_control is not None:
             real = inputs.get("real")
-            rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real)
+            answers = inputs["labels"] != IGNORE_INDEX
+            rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real, answers)
         outputs = self._forward(model, inputs, rule)
         if self._teacher is not None:
             teacher = self._teacher.states(inputs["input_ids"], inputs["positions"])
@@ -175,9 +184,14 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if self.capacity_control is None:
             loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
         else:
-            kept, _ = executed_inputs(outputs.router_scores, mask)
-            kept = kept if real is None else kept * real
-            loss = loss + self.capacity_control.loss(kept.mean(dim=0).sum() * processes / self._window_inputs)
+            scores = outputs.router_scores  # [layers, batch, ...]
+            real = 1.0 if real is None else real
+            if self.model.config.mod_settings.level == "token":
+                kept = [(executed_inputs(scores, part)[0] * real).mean(dim=0).sum() for part in _parts(inputs)]
+            else:
+                kept = [(scores * real).mean(dim=0).sum()]
+            share = torch.stack(kept) * processes / self._window_inputs.clamp(min=1)
+            loss = loss + self.capacity_control.loss(share)
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model, inputs, rule=None):
@@ -220,6 +234,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             batch = self.data_collator([rows[row] for row in range(start, min(start + size, len(rows)))])
             batch = {name: values.to(self.args.device) for name, values in batch.items()}
             decided_on = {"input_ids": batch["input_ids"], "attention_mask": _mask(batch)}
+            decided_on["answers"] = batch["labels"] != IGNORE_INDEX
             yield decided_on | self._deciding_tokens(batch)
 
     def begin_control(self) -> None:
@@ -240,7 +255,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         elif by_importance:
             margins = starting_margins(self.model, batches)
         if budget:
-            moments = router_moments(self.model, batches)
+            moments = router_moments(self.model, batches, parts=self.capacity_control.parts > 1)
             self.capacity_control.begin(moments, self.model.config.mod_settings.threshold_of, margins)
         elif margins is not None:
             lowest = min(margins.values())  # starts on its threshold, the others above theirs
@@ -286,58 +301,70 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             return
         rate = self.lr_scheduler.get_last_lr()[0] / (self.args.learning_rate or 1.0)
         summed = float(self._window_tokens) / self.accelerator.num_processes
-        self.capacity_control.step(self.state.global_step / self.state.max_steps, rate, self.accelerator, summed)
+        there = (self._window_inputs > 0).tolist()
+        progress = self.state.global_step / self.state.max_steps
+        self.capacity_control.step(progress, rate, self.accelerator, summed, there)
 
-    def finish(self, calibration_rows: Any = ()) -> None:
+    def finish(self, calibration_rows: Any = (), ends: Collection[int] = ()) -> None:
         """Settle routers and thresholds: after it the model decides by itself, as its checkpoint will.
 
         Args:
-            calibration_rows: tokenized rows that were not trained on; with none of them nothing is calibrated.
+            calibration_rows: tokenized rows that were not trained on; with none of them nothing is calibrated. Their
+                prompts are answered by the dense model, so that the capacity is that of generation.
+            ends: tokens that end an answer.
         """
-        settings, routers = self.model.config.mod_settings, self.model.router_modules()
+        control, settings = self.capacity_control, self.model.config.mod_settings
         show = self.is_world_process_zero() and not self.args.disable_tqdm
-        reference = None
-        if isinstance(self.capacity_control, RegressionControl):
-            weights, cuts, left_out = self.capacity_control.solve(progress=show)
+        weights, reference = self.router_weights(), None
+        if isinstance(control, RegressionControl):
+            weights, cuts, left_out = control.solve(progress=show)
             reference = left_out, GATE
-            for layer, weight in weights.items():
-                self.set_parameter(routers[layer].weight, weight)
-        elif self.capacity_control is not None:
-            cuts = self.capacity_control.cuts()
+        elif control is not None:
+            weights, cuts = control.settle(weights)
         elif not len(calibration_rows):
             return
         else:
             cuts = {layer: (cut, 1.0) for layer, cut in cuts_of(settings).items()}
-        settled = {layer: cut for layer, (cut, _) in cuts.items()}
+        self.set_routers(weights)
+        self.capacity_control = None
+        settled = {self.args.target_capacity: {layer: cut for layer, (cut, _) in cuts.items()}}
         if len(calibration_rows):
+            if self._zero3:
+                logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
+            else:
+                calibration_rows = answered(self.model, calibration_rows, ends, progress=show)
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
-            settled, share = calibrate(
-                self.model,
-                batches,
-                cuts,
-                self.args.target_capacity,
-                progress=show,
-                reference=reference,
-                execution=self._eval_execution,
-            )
-            logger.info("calibrated on %d rows: %.3f of the inputs are executed", len(calibration_rows), share)
-        thresholds, factors = fold(settled)
-        weights = self.router_state()
-        for layer, factor in factors.items():
-            if factor != 1.0:
-                self.set_parameter(routers[layer].weight, weights[router_name(layer)] * factor)
+            options = {"progress": show, "execution": self._eval_execution}
+            if isinstance(control, BudgetControl) and control.parts > 1:
+                tells = dict(zip(settings.layers, control.tells, strict=True))
+                weights, cuts = calibrate_parts(
+                    self.model, batches, cuts, tells, weights, self.args.target_capacity, **options
+                )
+                self.set_routers(weights)
+            capacities = sorted({*self.args.capacities, self.args.target_capacity}, reverse=True)
+            settled = calibrate_table(self.model, batches, cuts, capacities, reference=reference, **options)
+        table, factors = fold_table(settled)
+        self.set_routers({layer: weights[layer] * factor for layer, factor in factors.items()})
         self.units = {layer: factor * cuts[layer][1] for layer, factor in factors.items()}
         if reference is not None:
             layer = settings.layers[0]  # the shift is the same for all
-            self.reference = pack_reference(*reference, (settled[layer] - cuts[layer][0]) / cuts[layer][1])
-        set_thresholds(self.model, thresholds)
-        self.capacity_control = None
+            at_target = settled[self.args.target_capacity]
+            self.reference = pack_reference(*reference, (at_target[layer] - cuts[layer][0]) / cuts[layer][1])
+        change_settings(
+            self.model,
+            threshold=table[self.args.target_capacity],
+            capacities=pack_capacities(table) if len(calibration_rows) else None,
+        )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        control = self.capacity_control
-        if isinstance(control, BudgetControl) and control.means is not None:  # by what training has come to
-            set_thresholds(self.model, [_threshold(cut) for cut, _ in control.cuts().values()])
-        return super().evaluate(*args, **kwargs)
+    def router_weights(self) -> dict[int, torch.Tensor]:
+        """Return layer index -> float32 router weight on the CPU; every process must call it."""
+        weights = self.router_state()
+        return {layer: weights[router_name(layer)] for layer in self.model.router_modules()}
+
+    def set_routers(self, weights: dict[int, torch.Tensor]) -> None:
+        """Give the routers other weights, layer index -> weight; every process must call it."""
+        for layer, router in self.model.router_modules().items():
+            self.set_parameter(router.weight, weights[layer])
 
     def _evaluation_loss(self, model, inputs, return_outputs):
         """Return the mean over the batch's own tokens, and add its sums to the meter."""
@@ -345,7 +372,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         real = self._real_rows(len(inputs["labels"]), remainder, inputs["labels"].device)
         targets = _without(inputs, ~real)
         tokens = (targets != IGNORE_INDEX).sum()
-        outputs = self._forward(model, inputs)
+        control, rule = self.capacity_control, None
+        if self._route and isinstance(control, BudgetControl) and control.means is not None:
+            rule = control.settled_rule()  # by what training has come to
+        outputs = self._forward(model, inputs, rule)
         nll, *_ = self._loss(outputs.states, targets)
         loss = nll / tokens
         if self._route:
@@ -391,7 +421,11 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if self.args.router_learning_rate is not None:
                 logs["router_learning_rate"] = self.lr_scheduler.get_last_lr()[-1]  # the group that came last
             if isinstance(self.capacity_control, BudgetControl):
-                logs |= {"capacity_price": self.capacity_control.price, "capacity_shift": self.capacity_control.shift}
+                names = ("",) if self.capacity_control.parts == 1 else ("_of_prompts", "_of_answers")
+                for name, price, shift in zip(
+                    names, self.capacity_control.prices, self.capacity_control.shifts, strict=True
+                ):
+                    logs |= {f"capacity_price{name}": price, f"capacity_shift{name}": shift}
         for key in [key for key in logs if key.endswith("_loss") and f"{key[:-5]}_runtime" in logs]:
             if key != "train_loss":  # an evaluation's: Trainer's is a mean of batch means
                 means = self._meters["eval"].flush(self._sum_over_processes)
@@ -422,6 +456,12 @@ def _without(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor
 def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return a batch's attention mask, ones where it has none."""
     return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+
+
+def _parts(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return which tokens are a prompt's and which an answer's, float32 [2, batch, tokens]; padding is neither."""
+    answers = batch["labels"] != IGNORE_INDEX
+    return torch.stack([~answers, answers]) * _mask(batch).float()
 
 
 class _ControlSteps(TrainerCallback):

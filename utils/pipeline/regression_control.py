@@ -16,7 +16,7 @@ Every row is measured once: the error on left-out rows would be too small where 
 drawn and no learning rate matters; the routers stay at zero until the end of training.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +45,18 @@ class RegressionControl:
         self._window: list[tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = []
 
     def rule(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, counts: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        counts: torch.Tensor | None = None,
+        answers: torch.Tensor | None = None,
     ) -> Callable[[int, torch.Tensor], Decision]:
         """Return the `gate_rule` of a micro-batch: gates of `GATE` whose gradient is kept.
 
         Args:
             input_ids, attention_mask: int64 [batch, tokens].
             counts: bool [batch], False for rows that are there for the second time; None for all True.
+            answers: not needed.
         """
         measured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         counts = input_ids.new_ones(len(input_ids)) if counts is None else counts
@@ -69,11 +74,13 @@ class RegressionControl:
         """Return 0: nothing is pushed."""
         return 0.0 * capacity
 
-    def step(self, progress: float, rate: float, accelerator: Any, summed: float = 1.0) -> None:
+    def step(
+        self, progress: float, rate: float, accelerator: Any, summed: float = 1.0, there: Sequence[bool] = ()
+    ) -> None:
         """Close an accumulation window: collect what was measured on all processes.
 
         Args:
-            progress, rate: not needed.
+            progress, rate, there: not needed.
             accelerator: of the run.
             summed: what the window's loss was divided by.
         """

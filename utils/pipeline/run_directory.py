@@ -35,7 +35,7 @@ TRAINING_IDENTITY = (
     *("data_seed", "train_sampling_strategy", "bf16", "fp16", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_kwargs", "optim_args", "router_learning_rate", "use_lora", "lora_rank", "lora_alpha"),
     *("lora_dropout", "lora_target_modules", "lora_layers", "regression_rows", "router_init", "distillation_every"),
-    *("substitute", "substitute_rank", "substitute_learning_rate"),
+    *("substitute", "substitute_rank", "substitute_learning_rate", "capacities"),
 )
 """Training arguments that the result follows from."""
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "tokenizers")

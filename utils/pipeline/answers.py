@@ -1,0 +1,69 @@
+"""Rows as generation has them: the prompts of tokenized rows, with answers that the dense model writes itself.
+
+What routers execute of a model's own text is what a user gets; the answers of a data set are other text. Thresholds
+are calibrated on these rows.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .batches import IGNORE_INDEX
+
+NEW_TOKENS = 48
+"""Tokens of an answer, at most."""
+
+
+@torch.no_grad()
+def answered(
+    model: nn.Module,
+    rows: Sequence[Mapping[str, list[int]]],
+    ends: Collection[int],
+    new_tokens: int = NEW_TOKENS,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[dict[str, list[int]]]:
+    """Return rows with the same prompts, each followed by the dense model's greedy answer.
+
+    Args:
+        model: a routed model.
+        rows: `input_ids` and `labels`, -100 where unsupervised; the prompt is what comes before the first label.
+        ends: tokens that end an answer.
+        new_tokens: length of an answer, at most.
+        batch_size: rows that are answered at once, alike in length.
+        progress: show a bar.
+
+    Returns:
+        Rows with `input_ids`, `labels` and `length`, in the order of their prompts' lengths; those without a prompt
+        stay as they are, and come first.
+    """
+    device, training = next(model.parameters()).device, model.training
+    prompts, finished = [], []
+    for row in rows:
+        supervised = [label != IGNORE_INDEX for label in row["labels"]]
+        length = supervised.index(True) if True in supervised else len(supervised)
+        if length:
+            prompts.append(list(row["input_ids"][:length]))
+        else:
+            finished.append({name: list(row[name]) for name in ("input_ids", "labels")})
+    prompts.sort(key=len)
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "route": False}
+    if ends:
+        options["eos_token_id"] = sorted(ends)
+    model.eval()
+    try:
+        starts = range(0, len(prompts), batch_size)
+        for start in tqdm(starts, desc="letting the dense model answer", unit="batch", disable=not progress):
+            chosen = prompts[start : start + batch_size]
+            width = len(chosen[-1])
+            ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in chosen], device=device)
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in chosen], device=device)
+            texts = model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+            for prompt, text in zip(chosen, texts, strict=True):
+                end = next((place + 1 for place, token in enumerate(text) if token in ends), len(text))
+                finished.append({"input_ids": prompt + text[:end], "labels": [IGNORE_INDEX] * len(prompt) + text[:end]})
+    finally:
+        model.train(training)
+    return [row | {"length": len(row["input_ids"])} for row in finished]
