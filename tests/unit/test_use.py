@@ -11,9 +11,10 @@ from utils.data.chat_format import TemplateFormat
 from utils.data.prompts import encode_prompts, load_sample
 from utils.evaluation.use import FIGURES, figures_of_use, summarize
 from utils.io.errors import UserError
+from utils.pipeline.report import run_table
 
 TOKENIZER = make_tokenizer()
-NEW = 9
+NEW = 7
 
 
 def prompt(tokens, end_token):
@@ -56,7 +57,7 @@ def one_by_one(model, input_ids, ends):
 
 
 PAIRS = [
-    *(("llama", granularity) for granularity in model_zoo.GRANULARITIES),
+    *(("llama", granularity) for granularity in ("attn_sequence", "block_sequence", "attn_token", "mlp_token")),
     *(("mistral", "attn_sequence"), ("qwen2", "block_token"), ("qwen3", "mlp_sequence"), ("olmoe", "expert_token")),
 ]
 
@@ -64,16 +65,16 @@ PAIRS = [
 @pytest.mark.parametrize(("arch", "granularity"), PAIRS)
 def test_figures_are_those_of_a_generation_token_by_token_in_every_batch(arch, granularity):
     model = routed_model(arch, granularity)
-    ids = [tokens.tolist() for tokens in model_zoo.texts((5, 11, 3, 8))]
+    ids = [tokens.tolist() for tokens in model_zoo.texts((5, 9, 3))]
     # an end that the second prompt's answer reaches, and the others' perhaps
     end = one_by_one(model, ids[1], {TOKENIZER.eos_token_id})[1][3]
     expected = [one_by_one(model, tokens, {end, TOKENIZER.eos_token_id}) for tokens in ids]
     assert len(expected[1][1]) <= 4 < NEW
     prompts = [prompt(torch.tensor(tokens), end) for tokens in ids]
-    for batch_size in (1, 4):
+    for batch_size in (1, 3):
         answered = []
         found = figures_of_use(model, TOKENIZER, prompts, NEW, batch_size, answered.append)
-        assert answered == [batch_size] * (4 // batch_size)
+        assert answered == [batch_size] * (3 // batch_size)
         for answer, (figures, dense, routed) in zip(found["answers"], expected, strict=True):
             assert {name: answer[name] for name in FIGURES} == pytest.approx(figures, abs=1e-5)
             assert answer["tokens"] == len(dense)
@@ -81,7 +82,7 @@ def test_figures_are_those_of_a_generation_token_by_token_in_every_batch(arch, g
             assert answer["routed"] == TOKENIZER.decode(routed, skip_special_tokens=True)
     assert 0 < found["use"]["executed"]["mean"] < 1  # or the case says little
     assert found["use"]["agreement"]["mean"] < 1
-    assert found["use"]["prompts"] == 4
+    assert found["use"]["prompts"] == 3
 
 
 def test_a_model_that_keeps_everything_answers_as_the_dense_one():
@@ -118,7 +119,7 @@ def test_agreement_counts_tokens_and_the_others_count_prompts():
     ("lengths", "options", "message"),
     [
         ((), {}, "no prompts"),
-        ((3, 120), {}, r"prompt 2 of 2 \('120 tokens'\) has 120 tokens, and with max_new_tokens 9 .* the 128 that"),
+        ((3, 122), {}, r"prompt 2 of 2 \('122 tokens'\) has 122 tokens, and with max_new_tokens 7 .* the 128 that"),
         ((3, 0), {}, "prompt 2 of 2 is empty"),
         ((3,), {"batch_size": 0}, "batch_size 0 must be at least 1"),
     ],
@@ -166,3 +167,26 @@ def test_the_sample_is_read_as_the_script_reformats_it(repository):
     rows = load_sample(repository)
     assert len(rows) > 300
     assert rows[0]["id"] == "alpaca_0"
+
+
+def test_the_runs_table_has_figures_of_use_and_an_example_where_they_were_measured():
+    routed = {"eval_loss": 2.5, "eval_capacity": 0.5, "eval_capacity/layer_3": 0.5}
+    results = {
+        "held_out": {"dense": {"dense_loss": 2.0}, "routed": routed, "rows": 8},
+        "forward_tokens_per_second": None,
+    }
+    plain = run_table(results)
+    answers = [
+        {"prompt": f"Prompt {share}", "dense": "One\n\ntwo", "routed": "three", "agreement": share}
+        for share in (0.9, 0.1, 0.5)
+    ]
+    use = {name: {"mean": 0.25, "stderr": 0.05} for name in FIGURES} | {"prompts": 3, "max_new_tokens": 9}
+    full = run_table(results | {"use": use, "answers": answers})
+    added = [line for line in full.splitlines() if line not in plain.splitlines()]
+    assert [line.split()[:3] for line in added[:3]] == [
+        ["agreement", "1.00", "0.25"],
+        ["executed", "1.00", "0.25"],
+        ["foreign", "0.00", "0.25"],
+    ]
+    assert "± 0.05, of the dense answers' tokens, 3 prompts" in added[0]
+    assert added[-3:] == ["prompt  Prompt 0.5", "dense   One two", "routed  three"]
