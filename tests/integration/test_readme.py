@@ -36,6 +36,7 @@ ARGUMENTS_ONLY = {  # command -> what is added so that it ends after its argumen
     "python entrypoints/checkpoint/build_mod_checkpoint.py --folder_name merged-mod "
     "--merge_lora path/to/output": "--help",
     "python entrypoints/checkpoint/recalibrate.py path/to/output --capacity 0.9 --output_dir outputs/at-0.9": "--help",
+    "python entrypoints/evaluation/use.py path/to/output --show": "--help",
     "python entrypoints/finetune/benchmark_step.py ckpt/smollm2-135m-mod --train_file "
     "data/sample/reformatted/alpaca/data.jsonl": "--help",
 }

@@ -130,6 +130,21 @@ def test_a_built_checkpoint(checkpoint):
     assert facts["savings"]["capacity_from"] == "the target"
 
 
+def test_figures_of_use_are_shown_where_the_run_has_them(checkpoint):
+    assert inspect_checkpoint(checkpoint, [16])["trained"]["use"] is None
+    path = checkpoint / "results.json"
+    use = {name: {"mean": mean, "stderr": 0.0125} for name, mean in (("agreement", 0.9), ("executed", 0.5))}
+    use |= {"foreign": {"mean": 0.25, "stderr": None}, "prompts": 39, "max_new_tokens": 40}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use": use}))
+    facts = inspect_checkpoint(checkpoint, [16])
+    assert facts["trained"]["use"] == use
+    figures = "agreement 0.900 ± 0.013, executed 0.500 ± 0.013, foreign 0.250, on 39 prompts"
+    assert f"use          {figures}" in describe_checkpoint(facts)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use": {"agreement": 1}}))
+    with pytest.raises(UserError, match="not the report of a training run"):
+        inspect_checkpoint(checkpoint, [16])
+
+
 def test_what_is_no_checkpoint_is_refused_in_one_line(checkpoint, tmp_path, repository, monkeypatch, capsys):
     with pytest.raises(UserError, match="a dense llama model"):
         inspect_checkpoint(tmp_path / "base", [16])

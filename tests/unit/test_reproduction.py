@@ -207,14 +207,24 @@ def test_a_step_that_fails_or_makes_nothing_is_an_error(code, tmp_path):
     assert not step.is_done()
 
 
-def write_files(folder, loss, piqa, seconds):
+USE = {
+    "agreement": {"mean": 0.75, "stderr": 0.02},
+    "executed": {"mean": 0.5, "stderr": None},
+    "foreign": {"mean": 0.25, "stderr": 0.0625},
+    "prompts": 39,
+    "max_new_tokens": 40,
+}
+
+
+def write_files(folder, loss, piqa, seconds, **report):
     """What the three commands leave behind."""
     files = {
         "checkpoint/results.json": {
             "held_out": {
                 "dense": {"dense_loss": 1.5},
                 "routed": {"eval_loss": loss, "eval_capacity": 0.5, "eval_capacity/layer_3": 0.5},
-            }
+            },
+            **report,
         },
         "evaluation.json": {
             "rows": {"dense": {"piqa": {"value": 0.7}}, "routed": {"piqa": {"value": piqa}}},
@@ -278,6 +288,24 @@ def test_what_is_collected_stands_beside_the_papers(tmp_path):
     assert {point["name"]: (point["y"], point["stderr"]) for point in average["points"]} == {
         **{"attn_sequence": (65.0, 2.0), "mlp_token": (60.0, 2.0), "dense": (70.0, 2.0)},
     }
+
+
+def test_figures_of_use_have_columns_where_a_run_has_them(tmp_path):
+    plan = plan_of("table2", "small", tmp_path, only=["attn_sequence", "mlp_token"])
+    write_files(plan.runs[0].folder, loss=1.6, piqa=0.65, seconds=1.6, use=USE)
+    write_files(plan.runs[1].folder, loss=1.7, piqa=0.6, seconds=1.0)
+    lines = markdown(collect(plan), "bash x.sh").splitlines()
+    head = "| agreement, ours | executed in use, ours | foreign (nats a token), ours |"
+    assert any(line.startswith("|  | ") and line.endswith(head) for line in lines)
+    ends = {line.split(" | ")[0]: line.split(" | ")[-3:] for line in lines if line.startswith("| ")}
+    assert ends["| attn_sequence"] == ["0.750 ± 0.020", "0.500", "0.250 ± 0.062 |"]
+    assert ends["| mlp_token"] == ["-", "-", "- |"]
+    assert ends["| dense"] == ["1.000", "1.000", "0.000 |"]
+    grid = plan_of("grid", "small", tmp_path, only=["task_loss"])
+    write_files(grid.runs[0].folder, loss=1.8, piqa=0.6, seconds=1.0, use=USE)
+    table = markdown(collect(grid), "bash x.sh")
+    assert "| agreement | executed in use | foreign (nats) |" in table
+    assert "| 0.750 | 0.500 | 0.25 |" in table
 
 
 def test_an_adapted_model_without_its_routing_is_not_the_dense_base(tmp_path):

@@ -132,6 +132,11 @@ class TagsFormat:
             text += "\n"
         return RenderedChat(text.rstrip(), tuple(spans))
 
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """Render a conversation up to where the assistant begins its answer; raises as `render`."""
+        chat = self.render([*messages, {"role": "assistant", "content": ""}])
+        return chat.text[: chat.spans[-1][0]]
+
 
 class TemplateFormat:
     """The tokenizer's own chat template; it writes the begin mark itself, so the tokenizer must not add one."""
@@ -155,6 +160,7 @@ class TemplateFormat:
         self._skeletons: dict[tuple[str, ...], tuple[list[_Turn], str]] = {}
         try:
             turns, tail = self._skeleton(("user", "assistant"))
+            self.end_mark = tail[: turns[-1].end_mark].strip()
         except RefusedConversationError as error:
             raise UserError(
                 f"chat_format 'template': cannot train on the chat template of {tokenizer.name_or_path!r} ({error}); "
@@ -180,6 +186,11 @@ class TemplateFormat:
         if spans is None:
             raise RefusedConversationError("the chat template changes a content, so its place in the text is not known")
         return RenderedChat(text, spans)
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """Render a conversation up to where the assistant begins its answer; raises as `render`."""
+        _refuse_control_tokens(messages, self._control_tokens)
+        return self._apply(messages, add_generation_prompt=True)
 
     def _fill(
         self, roles: tuple[str, ...], messages: Sequence[Message], text: str
@@ -228,9 +239,11 @@ class TemplateFormat:
             raise RefusedConversationError("the chat template leaves out or repeats an assistant's turn")
         return turns, text[position:]
 
-    def _apply(self, messages: Sequence[Message]) -> str:
+    def _apply(self, messages: Sequence[Message], **options: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), chat_template=self.template, tokenize=False)
+            return self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.template, tokenize=False, **options
+            )
         except TemplateError as error:
             reason = " ".join(str(error).split())[:120]
             raise RefusedConversationError(f"refused by the chat template: {reason}") from error

@@ -2,7 +2,8 @@
 
 A run is a line of JSON: `name`, `kind` (`routed`, `hinge`, a baseline as `cosine`, `greedy`, ...), `granularity`,
 `target`, `seed`, `settings` (whatever else was varied: name -> value), `capacity`, `loss`, `loss_increase` over the
-dense model on the same held-out rows, and where tasks were evaluated `average` and `average_dense`, in percent.
+dense model on the same held-out rows, where they were measured the figures of use (`use.py`), and where tasks were
+evaluated `average` and `average_dense`, in percent.
 
 Static dropping leaves out whole layers, so its capacities are few; between two of them its loss is taken linearly.
 """
@@ -11,6 +12,8 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from .use import FIGURES
 
 Line = dict[str, Any]
 
@@ -44,15 +47,15 @@ def summarize(lines: Sequence[Line]) -> list[Line]:
     """Put runs that differ in their seed alone together.
 
     Returns:
-        In the order of the first run of each: what they share, `seeds`, and for `capacity`, `loss_increase`, `average`,
-        `average_change` (over dense) and `of_cosine`, `of_greedy` (the increase over that baseline's at the same
-        capacity) the mean, the smallest and the largest; numbers that no run has are left out.
+        In the order of the first run of each: what they share, `seeds`, and for `capacity`, `loss_increase`, the
+        figures of use, `average`, `average_change` (over dense) and `of_cosine`, `of_greedy` (the increase over that
+        baseline's at the same capacity) the mean, the smallest and the largest; numbers that no run has are left out.
     """
     curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
     groups: dict[str, list[Line]] = {}
     for line in lines:
         shared = {name: line[name] for name in ("kind", "granularity", "target", "settings")}
-        numbers = {name: line.get(name) for name in ("capacity", "loss_increase", "average")}
+        numbers = {name: line.get(name) for name in ("capacity", "loss_increase", *FIGURES, "average")}
         if line.get("average") is not None and line.get("average_dense") is not None:
             numbers["average_change"] = line["average"] - line["average_dense"]
         for kind in STATIC:
@@ -81,6 +84,9 @@ COLUMNS = (
     ("loss_increase", "loss above dense", "{:+.3f}"),
     ("of_cosine", "of cosine's", "{:.2f}"),
     ("of_greedy", "of greedy's", "{:.2f}"),
+    ("agreement", "agreement", "{:.3f}"),
+    ("executed", "executed in use", "{:.3f}"),
+    ("foreign", "foreign (nats)", "{:.2f}"),
     ("average", "average (%)", "{:.1f}"),
     ("average_change", "over dense", "{:+.1f}"),
 )

@@ -11,6 +11,7 @@ from utils.io.errors import UserError
 from utils.model.checkpoint import INDEX_FILE, ROUTERS_FILE, is_mod, make_settings, read_config, weight_map
 
 from .costs import BYTES, number_of_experts, savings
+from .use import FIGURES, text_of
 
 
 def inspect_checkpoint(
@@ -96,6 +97,9 @@ def describe_checkpoint(facts: dict[str, Any]) -> str:
             f"capacity     {trained['capacity']:.3f} on {trained['rows']} held-out rows, loss {trained['loss']:.4f} "
             f"(dense {trained['dense_loss']:.4f})"
         )
+        if trained["use"]:
+            figures = ", ".join(f"{name} {text_of(trained['use'][name])}" for name in FIGURES)
+            lines.append(f"use          {figures}, on {trained['use']['prompts']} prompts")
     shares = trained["layers"] if trained else {}
     lines.append("  layer      " + "".join(f"{layer:>7}" for layer in layers))
     lines.append("  threshold  " + "".join(f"{_mean(facts['threshold'][layer]):>7.3g}" for layer in layers))
@@ -121,7 +125,8 @@ def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None
     if not path.is_file():
         return None
     try:
-        held_out = json.loads(path.read_text(encoding="utf-8"))["held_out"]
+        report = json.loads(path.read_text(encoding="utf-8"))
+        held_out, use = report["held_out"], report.get("use")
         routed = held_out["routed"]
         return {
             "rows": held_out["rows"],
@@ -129,6 +134,7 @@ def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None
             "dense_loss": held_out["dense"]["dense_loss"],
             "capacity": routed["eval_capacity"],
             "layers": {layer: routed[f"eval_capacity/layer_{layer}"] for layer in layers},
+            "use": use and {name: use[name] for name in (*FIGURES, "prompts", "max_new_tokens")},
         }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the report of a training run of this checkpoint: {error!r}") from None

@@ -153,6 +153,9 @@ LABELS: dict[str, str] = {
     "loss": "held-out loss",
     "loss_increase": "loss above dense",
     "capacity": "capacity",
+    "agreement": "agreement",
+    "executed": "executed in use",
+    "foreign": "foreign (nats a token)",
     "speed": "speed",
     "kv_saved": "KV memory saved (%)",
 }

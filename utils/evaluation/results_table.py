@@ -17,6 +17,7 @@ from utils.model.lora import holds_adapter
 from .comparison import best_of, comparison_table, summarize
 from .plots import LABELS, pareto_of, read_figure
 from .reproduction import Plan, Run
+from .use import FIGURES
 
 SEED = 233
 """Of every training and baseline that names no other: the commands' default."""
@@ -43,7 +44,7 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "title": plan.config["title"],
         "scale": plan.description,
-        "metrics": plan.config["metrics"],
+        "metrics": [*plan.config["metrics"], *(name for name in FIGURES if name not in plan.config["metrics"])],
         "rows": rows,
         "lines": [line for run in plan.runs if (line := _line(run))] if compared else [],
         "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
@@ -144,6 +145,10 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
         ours["loss_increase"] = ours["loss"] - dense["loss"]
         prefix = "eval_capacity/layer_"
         routed = held_out["routed"].items()
+        if report.get("use"):
+            for name in FIGURES:
+                ours |= {name: report["use"][name]["mean"], f"{name}_stderr": report["use"][name]["stderr"]}
+            dense |= {"agreement": 1.0, "executed": 1.0, "foreign": 0.0}  # of itself, with itself
         ours["layers"] = {name.removeprefix(prefix): share for name, share in routed if name.startswith(prefix)}
     evaluation = _read(folder / "evaluation.json")
     if evaluation:
@@ -182,7 +187,10 @@ def _line(run: Run) -> dict[str, Any] | None:
         "target": fields["TARGET_CAPACITY"],
         "seed": fields.get("SEED", SEED),
         "settings": {"with": " ".join([*(f"{field}={value}" for field, value in shown.items()), *map(str, arguments)])},
-        **{name: ours.get(name) for name in ("capacity", "loss", "loss_increase", "average", "average_stderr")},
+        **{
+            name: ours.get(name)
+            for name in ("capacity", "loss", "loss_increase", "average", "average_stderr", *FIGURES)
+        },
         "average_dense": dense.get("average"),
         "seconds": (_read(made.record) or {}).get("seconds"),
         "command": made.text,
@@ -198,8 +206,9 @@ def _cell(numbers: dict[str, Any], metric: str) -> str:
     value, error = numbers.get(metric), numbers.get(f"{metric}_stderr")
     if value is None:
         return "-"
-    text = f"{value:.2f}x" if metric == "speed" else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return text if error is None else f"{text} ± {error:.1f}"
+    form = ".3f" if abs(value) < 10 else ".1f"
+    text = f"{value:.2f}x" if metric == "speed" else f"{value:{form}}"
+    return text if error is None else f"{text} ± {error:{form}}"
 
 
 def _read(path: Path) -> Any:

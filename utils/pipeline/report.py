@@ -1,6 +1,6 @@
 """The short table at the end of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -10,7 +10,9 @@ def run_table(results: Mapping[str, Any]) -> str:
     Args:
         results: `held_out` with `rows` and Trainer's metrics of the `dense` model (`dense_loss`) and the `routed` one
             (`eval_loss`, `eval_capacity`, `eval_capacity/layer_i`); `forward_tokens_per_second` with `dense`,
-            `routed` and their `ratio`, or None where it was not measured.
+            `routed` and their `ratio`, or None where it was not measured; where they were measured, `use` with
+            `agreement`, `executed` and `foreign` (each `mean` and `stderr`) and `prompts`, and `answers`, each with
+            `prompt`, `dense`, `routed` and its own `agreement`.
     """
     dense, routed, rows = (results["held_out"][name] for name in ("dense", "routed", "rows"))
     speed = results["forward_tokens_per_second"]
@@ -24,9 +26,45 @@ def run_table(results: Mapping[str, Any]) -> str:
         if speed
         else f"{'forward tokens/s':<18}{'-':>10}{'-':>10}   (not measured where the weights are in parts)",
         f"{'capacity':<18}{1:>10.2f}{routed['eval_capacity']:>10.2f}   (share executed, all routed layers)",
+    ]
+    if results.get("use"):
+        lines += _use(results["use"])
+    lines += [
         "",
         "layer     " + "".join(f"{layer:>6}" for layer in layers),
         "capacity  " + "".join(f"{value:>6.2f}" for value in layers.values()),
         "",
     ]
+    if results.get("answers"):
+        shown = _typical(results["answers"])
+        lines += [
+            "To a prompt of the held-out rows, of middling agreement:",
+            f"prompt  {_on_one_line(shown['prompt'])}",
+        ]
+        lines += [f"{name:<8}{_on_one_line(shown[name])}" for name in ("dense", "routed")] + [""]
     return "\n".join(lines)
+
+
+def _use(use: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the figures of use, each beside what the dense model has by definition."""
+    said = {
+        "agreement": (1, f"of the dense answers' tokens, {use['prompts']} prompts"),
+        "executed": (1, "of the routed computations, in generation"),
+        "foreign": (0, "nats a token that the answers are stranger to the dense model than its own"),
+    }
+    lines = []
+    for name, (dense, meaning) in said.items():
+        error = use[name]["stderr"]
+        error = "" if error is None else f"± {error:.2f}, "
+        lines.append(f"{name:<18}{dense:>10.2f}{use[name]['mean']:>10.2f}   ({error}{meaning})")
+    return lines
+
+
+def _typical(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the answers of the median agreement: neither the best nor the worst."""
+    return sorted(answers, key=lambda answer: answer["agreement"])[len(answers) // 2]
+
+
+def _on_one_line(text: str, width: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
