@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from utils.model.routing_mod import Decision, MoDRouter
 from utils.pipeline.calibration import (
     LARGEST_CUT,
     calibrate,
+    calibrate_parts,
+    calibrate_table,
     fold,
+    fold_table,
     pack_reference,
     settle,
     settled_cuts,
     unpack_reference,
 )
-from utils.pipeline.capacity_control import BudgetControl, row_keys, uniform
+from utils.pipeline.capacity_control import BudgetControl, RouterMoments, router_moments, row_keys, uniform
 from utils.pipeline.losses import capacity_hinge
 from utils.pipeline.regression_control import RegressionControl, ridge
 
@@ -36,10 +40,20 @@ def toy_inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return features + 3.0, (1 + 0.9 * features[:, 0].clamp(-1, 1))
 
 
+def moments_of(features: torch.Tensor) -> RouterMoments:
+    """Return the moments of inputs of which nothing tells the part."""
+    return RouterMoments(features.mean(dim=0), features.std(dim=0), torch.zeros(HIDDEN + 1))
+
+
+def settled(control: BudgetControl) -> dict:
+    """Return layer index -> cut and unit of a control without parts."""
+    return control.settle({layer: router.weight.detach() for layer, router in control.routers.items()})[1]
+
+
 def make_control(target: float) -> BudgetControl:
     control = BudgetControl({layer: MoDRouter(HIDDEN) for layer in LAYERS}, target)
     features, _ = toy_inputs()
-    control.begin({layer: (features.mean(dim=0), features.std(dim=0)) for layer in LAYERS}, lambda layer: 0.5)
+    control.begin({layer: moments_of(features) for layer in LAYERS}, lambda layer: 0.5)
     return control
 
 
@@ -51,7 +65,7 @@ def window(control: BudgetControl, step: int) -> torch.Tensor:
     decisions = {layer: rule(layer, features) for layer in control.routers}
     loss = sum(COSTS[layer] * factors * (1 - of.gates) ** 2 for layer, of in decisions.items()).mean()
     capacity = torch.stack([of.scores for of in decisions.values()]).mean()
-    return loss + control.loss(capacity)
+    return loss + control.loss(capacity[None])
 
 
 def train(control: BudgetControl, first: int, last: int, steps: int = 150) -> None:
@@ -69,7 +83,7 @@ def train(control: BudgetControl, first: int, last: int, steps: int = 150) -> No
 def kept(control: BudgetControl) -> dict[int, torch.Tensor]:
     """Return what the thresholds that the control has come to keep of unseen rows, bool [ROWS] by layer."""
     features, _ = toy_inputs(10_000)
-    cuts = control.cuts()
+    cuts = settled(control)
     with torch.no_grad():
         return {layer: router(features) >= cuts[layer][0] for layer, router in control.routers.items()}
 
@@ -93,7 +107,7 @@ def test_the_push_on_the_routers_differs_between_targets():
     for target in (0.9, 0.5):
         control = make_control(target)
         train(control, 0, 40)
-        intercepts[target] = control.shift
+        intercepts[target] = control.shifts[0]
     assert intercepts[0.5] > intercepts[0.9] + 0.5
 
     def gradient(target: float, scope: str) -> torch.Tensor:
@@ -109,22 +123,24 @@ def test_the_price_is_where_a_common_shift_gains_nothing():
     """With one layer and one cost for all, `dL/dp = -cost` and `dC/dp = 1`: the price is the cost."""
     control = BudgetControl({0: MoDRouter(HIDDEN)}, 0.5)
     features, _ = toy_inputs()
-    control.begin({0: (features.mean(dim=0), features.std(dim=0))}, lambda layer: 0.5)
+    control.begin({0: moments_of(features)}, lambda layer: 0.5)
     for step in range(30):
         ids = torch.arange(4000).view(1000, 4) + 10_000 * step
         decision = control.rule(ids, torch.ones_like(ids))(0, torch.zeros(1000, HIDDEN))
-        (0.7 * (1 - decision.gates).mean() + control.loss(decision.scores.mean())).backward()
+        (0.7 * (1 - decision.gates).mean() + control.loss(decision.scores.mean()[None])).backward()
         control.intercepts.grad = None
         control.step(1.0, 1.0, Accelerator(cpu=True))
-    assert control.price == pytest.approx(0.7, rel=0.1)
-    assert float(torch.sigmoid(control.intercepts.detach() - control.shift)) == pytest.approx(0.5, abs=0.02)
+    assert control.prices[0] == pytest.approx(0.7, rel=0.1)
+    assert float(torch.sigmoid(control.intercepts.detach() - control.shifts[0])) == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_gradient_through_a_drawn_gate_is_that_of_the_expected_loss():
     """Of a quadratic loss the trapezoid rule is exact: `dE/dz = p (1 - p) (L(1) - L(0))`."""
     control = BudgetControl({0: MoDRouter(HIDDEN)}, 0.5)
-    control.begin({0: (torch.zeros(HIDDEN), torch.ones(HIDDEN))}, lambda layer: 0.5)
-    control.shift = 1.5
+    control.begin(
+        {0: RouterMoments(torch.zeros(HIDDEN), torch.ones(HIDDEN), torch.zeros(HIDDEN + 1))}, lambda layer: 0.5
+    )
+    control.shifts = [1.5]
     ids = torch.arange(400_000).view(100_000, 4)
     decision = control.rule(ids, torch.ones_like(ids))(0, torch.zeros(100_000, HIDDEN))
     (3.0 * (1 - decision.gates) ** 2).mean().backward()
@@ -155,19 +171,19 @@ def test_an_experts_draw_is_its_own_wherever_the_gate_ranks_it():
 def test_an_experts_cut_keeps_what_its_own_intercept_does():
     control = BudgetControl({0: MoDRouter(HIDDEN, num_experts=3)}, 0.5)
     features, _ = toy_inputs()
-    control.begin({0: (features.mean(dim=0), features.std(dim=0))}, lambda layer: 0.5)
+    control.begin({0: moments_of(features)}, lambda layer: 0.5)
     with torch.no_grad():
         control.routers[0].weight.normal_(generator=torch.Generator().manual_seed(0))
         control.intercepts += torch.tensor([[-3.0, -1.0, 2.0]])
-        control.shift = 1.0
-        kept = control.centred(0, features) >= control.shift
-        cuts, _ = control.cuts()[0]
+        control.shifts = [1.0]
+        kept = control.centred(0, features) >= control.shifts[0]
+        cuts, _ = settled(control)[0]
         assert (control.routers[0](features) >= torch.tensor(cuts)).equal(kept)
     assert kept.float().mean(dim=0).diff().gt(0).all()
     ids = torch.arange(ROWS).view(1, ROWS)
     experts = torch.tensor([[2, 0]]).expand(1, ROWS, 2)
     decision = control.rule(ids, torch.ones_like(ids))(0, features[None], experts)
-    expected = torch.sigmoid(control.centred(0, features) - control.shift)[:, [2, 0]]
+    expected = torch.sigmoid(control.centred(0, features) - control.shifts[0])[:, [2, 0]]
     torch.testing.assert_close(decision.scores[0], expected)
     assert decision.experts is experts
 
@@ -194,7 +210,7 @@ def test_a_control_goes_on_from_its_state_exactly():
     second.test_state = first.test_state
     train(second, 6, 12)
     assert second.intercepts.equal(whole.intercepts)
-    assert (second.shift, second.price) == (whole.shift, whole.price)
+    assert (second.shifts, second.prices) == (whole.shifts, whole.prices)
     assert all(second.routers[layer].weight.equal(whole.routers[layer].weight) for layer in LAYERS)
 
 
@@ -261,6 +277,91 @@ def test_a_cut_far_out_becomes_a_threshold_that_keeps_the_same():
     assert factors == {2: 1.0, 4: LARGEST_CUT / 40.0}
     for logit in (39.9, 40.1):
         assert (torch.sigmoid(torch.tensor(logit * factors[4])) >= thresholds[1]) == (logit >= 40.0)
+
+
+class TestParts:
+    """Tokens reach the capacity in prompts and in answers, with one threshold for both."""
+
+    @staticmethod
+    def batch(rows: int = 40, tokens: int = 12, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        answers = torch.arange(tokens) >= torch.randint(3, tokens - 2, (rows, 1), generator=generator)
+        inputs = torch.randn(rows, tokens, HIDDEN, generator=generator)
+        inputs[..., 1] += 4.0 * answers
+        ids = torch.randint(1, 1000, (rows, tokens), generator=generator)
+        return ids, answers, inputs
+
+    def control(self) -> BudgetControl:
+        _, answers, inputs = self.batch(seed=99)
+        columns = torch.cat([inputs.flatten(0, 1), torch.ones(inputs[..., 0].numel(), 1)], dim=1)
+        guess = torch.linalg.lstsq(columns, answers.flatten().float()[:, None]).solution[:, 0]
+        features = inputs.flatten(0, 1)
+        moments = RouterMoments(features.mean(dim=0), features.std(dim=0), guess)
+        control = BudgetControl({layer: MoDRouter(HIDDEN) for layer in LAYERS}, 0.5, parts=2)
+        control.begin(dict.fromkeys(LAYERS, moments), lambda layer: 0.5)
+        return control
+
+    def test_both_reach_the_target_though_only_answers_cost_anything(self):
+        control = self.control()
+        optimizer = torch.optim.Adam([router.weight for router in control.routers.values()], lr=0.02)
+        for step in range(150):
+            ids, answers, inputs = self.batch(seed=step)
+            rule = control.rule(ids, torch.ones_like(ids), answers=answers)
+            decisions = {layer: rule(layer, inputs) for layer in LAYERS}
+            loss = sum((COSTS[layer] * answers * (1 - of.gates) ** 2).mean() for layer, of in decisions.items())
+            scores = torch.stack([of.scores for of in decisions.values()])
+            shares = torch.stack([scores[:, part].mean() for part in (~answers, answers)])
+            optimizer.zero_grad()
+            (loss + control.loss(shares)).backward()
+            control.step(step / 150, 1.0, Accelerator(cpu=True))
+            optimizer.step()
+        _, answers, inputs = self.batch(rows=400, seed=10_000)
+        rule = control.settled_rule()
+        gates = torch.stack([rule(layer, inputs).gates for layer in LAYERS])
+        for part in (answers, ~answers):
+            assert gates[:, part].mean() == pytest.approx(0.5, abs=0.12)
+        weights = {layer: router.weight.detach() for layer, router in control.routers.items()}
+        settled, cuts = control.settle(weights)
+        folded = torch.stack([inputs @ settled[layer][0] >= cuts[layer][0] for layer in LAYERS])
+        assert (folded.float() == gates).float().mean() > 0.999, "a checkpoint decides as training does"
+
+    def test_a_window_without_one_of_them_leaves_its_shift_alone(self):
+        control = self.control()
+        ids, answers, inputs = self.batch()
+        control.rule(ids, torch.ones_like(ids), answers=answers)(LAYERS[0], inputs)
+        control.step(0.5, 1.0, Accelerator(cpu=True), there=(False, True))
+        assert control.shifts[0] == 0.0
+        assert control.shifts[1] != 0.0
+
+    def test_calibration_lands_on_the_target_in_both(self):
+        _, model = make_pair("llama", "mlp_token")
+        randomize_routers(model, scale=0.3)
+        ids = torch.randint(1, 200, (48, 12), generator=torch.Generator().manual_seed(0))
+        answers = torch.arange(12).expand(48, -1) >= 5
+        ids[answers] = ids[answers] % 100  # so that something tells them apart
+        batches = [
+            {"input_ids": i, "attention_mask": torch.ones_like(i), "answers": a}
+            for i, a in zip(ids.split(12), answers.split(12), strict=True)
+        ]
+        moments = router_moments(model, batches, parts=True)
+        weights = {layer: router.weight.detach().clone() for layer, router in model.router_modules().items()}
+        cuts = dict.fromkeys(MODEL_LAYERS, (0.0, 0.5))
+        tells = {layer: of.tell for layer, of in moments.items()}
+        weights, cuts = calibrate_parts(model, batches, cuts, tells, weights, 0.6, runs=8)
+        with torch.no_grad():
+            for layer, router in model.router_modules().items():
+                router.weight.copy_(weights[layer])
+        table = calibrate_table(model, batches, cuts, (0.6, 0.9))
+        thresholds, factors = fold_table(table)
+        with torch.no_grad():
+            for layer, router in model.router_modules().items():
+                router.weight.mul_(factors[layer])
+        model.set_mod_settings(replace(model.mod_settings, threshold=thresholds[0.6]))
+        gates = model(ids, use_cache=False).router_gates.detach()
+        for part in (answers, ~answers):
+            assert gates[:, part].mean() == pytest.approx(0.6, abs=0.05)
+        model.set_mod_settings(replace(model.mod_settings, threshold=thresholds[0.9]))
+        assert model(ids, use_cache=False).router_gates.detach().mean() == pytest.approx(0.9, abs=0.02)
 
 
 class TestRegression:

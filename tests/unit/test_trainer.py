@@ -19,6 +19,7 @@ from transformers import (
 
 from utils.io.errors import UserError
 from utils.model.checkpoint import load_mod_model, make_settings, read_config
+from utils.pipeline.answers import answered
 from utils.pipeline.arguments import RouterTrainingArguments, accumulation_steps
 from utils.pipeline.calibration import logits_of_routers
 from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
@@ -453,7 +454,7 @@ class TestControls:
         trainer.finish(rows)
         executed, inputs = 0.0, 0
         trainer.model.eval()
-        for row in rows:
+        for row in answered(trainer.model, rows, ends=()):  # what it was calibrated on: the model's own answers
             with torch.no_grad():
                 gates = trainer.model(**collate([row])).router_gates
             executed, inputs = executed + gates.sum(), inputs + gates.numel()
