@@ -58,7 +58,7 @@ def main() -> int | None:
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_dir)
-    train_set, eval_set = prepare_data(data_args, training_args, tokenizer)
+    train_set, eval_set, prompts = prepare_data(data_args, training_args, tokenizer)
     train_set, calibration_set = set_aside(train_set, training_args.calibration_rows)
     if training_args.capacity_control == "regression":
         train_set = at_most(train_set, training_args.regression_rows)
@@ -78,7 +78,7 @@ def main() -> int | None:
     trainer.save_state()
     trainer.finish(calibration_set, ends_of_answers(tokenizer, data_args))
 
-    results = measure(trainer, eval_set)
+    results = measure(trainer, eval_set, prompts)
     save(trainer, model_args, model_dir, results)
 
 
@@ -103,7 +103,10 @@ def ends_of_answers(tokenizer, data_args):
 
 
 def prepare_data(data_args, training_args, tokenizer):
-    """Return the tokenized training and held-out rows: the first process of a machine makes them, the others read."""
+    """Return the tokenized training and held-out rows, and held-out prompts.
+
+    The first process of a machine makes the rows, the others read them; prompts are for the main process.
+    """
     from datasets import load_from_disk
 
     from utils.io.files import atomic_directory
@@ -113,10 +116,14 @@ def prepare_data(data_args, training_args, tokenizer):
         return tokenize_rows(data_args, training_args, tokenizer)
     folder = Path(tempfile.gettempdir()) / f"tokenized-for-{os.getppid()}"  # of the launcher: one for each machine
 
+    prompts: list = []
+
     def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
+        *tokenized, found = tokenize_rows(data_args, training_args, tokenizer)
+        prompts.extend(found)
         with atomic_directory(folder) as unfinished:
-            for number, rows in enumerate(tokenize_rows(data_args, training_args, tokenizer)):
+            for number, rows in enumerate(tokenized):
                 rows.save_to_disk(unfinished / str(number))
 
     try:
@@ -126,12 +133,13 @@ def prepare_data(data_args, training_args, tokenizer):
     finally:
         if training_args.local_process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    return tokenized
+    return *tokenized, prompts
 
 
 def tokenize_rows(data_args, training_args, tokenizer):
-    """Return the tokenized training and held-out rows of the files."""
+    """Return the tokenized training and held-out rows of the files, and prompts of the latter."""
     from utils.data.messages import load_messages
+    from utils.data.prompts import encode_prompts
     from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
 
@@ -158,7 +166,19 @@ def tokenize_rows(data_args, training_args, tokenizer):
             raise UserError(f"{name} rows: {error}") from None
         logging.info("%s rows: %s", name, report.summary())
         tokenized.append(dataset)
-    return tokenized
+    prompts = []
+    if data_args.max_use_prompts:
+        try:
+            prompts = encode_prompts(
+                held_out["messages"],
+                tokenizer,
+                data_args.chat_format,
+                max_prompts=data_args.max_use_prompts,
+                max_tokens=data_args.max_seq_length,
+            )
+        except UserError as error:
+            logging.warning("figures of use are not measured: %s", error)
+    return *tokenized, prompts
 
 
 def at_most(train_set, count):
@@ -256,23 +276,50 @@ def make_trainer(model, training_args, tokenizer, train_set, eval_set, run):
     return trainer
 
 
-def measure(trainer, eval_set):
-    """Return held-out loss and capacity, dense and routed, and on the main process how fast a forward is."""
-    from utils.evaluation.forward_speed import forward_speed
+def measure(trainer, eval_set, prompts):
+    """Return what came of it, dense and routed, at the target and at the other capacities that were calibrated.
 
-    logging.info("measuring held-out loss and forward speed")
+    Held-out loss and capacity are measured on all processes, how fast a forward is and the figures of use on the main
+    one.
+    """
+    from tqdm.auto import tqdm
+
+    from utils.evaluation.forward_speed import forward_speed
+    from utils.evaluation.use import figures_of_use
+
+    logging.info("measuring held-out loss, forward speed and use")
+    model, settings = trainer.model, trainer.model.config.mod_settings
     with trainer.dense():
         dense = trainer.evaluate(metric_key_prefix="dense")
-    results = {"held_out": {"dense": dense, "routed": trainer.evaluate()}}
-    if trainer.is_world_process_zero():
-        # of middling lengths: a router may well treat the longest rows otherwise than most
-        rows = sorted(eval_set, key=lambda row: row["length"])
-        starts = sorted({int(share * max(0, len(rows) - 4)) for share in (0.25, 0.5, 0.75)})
-        batches = [trainer.data_collator(rows[start : start + 4]) for start in starts]
-        # weights in parts on all processes can't be used by one of them
-        in_parts = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
-        results["forward_tokens_per_second"] = None if in_parts else forward_speed(trainer.model, batches)
-        results["held_out"] |= {"rows": len(eval_set)}
+    results = {"held_out": {"dense": dense, "routed": trainer.evaluate(), "rows": len(eval_set)}}
+    others = [entry["capacity"] for entry in settings.capacities or () if entry["capacity"] != settings.target_capacity]
+    results["capacities"] = {}
+    for capacity in others:
+        model.set_capacity(capacity)
+        results["capacities"][str(capacity)] = {"held_out": trainer.evaluate()}
+    model.set_mod_settings(settings)
+    if not trainer.is_world_process_zero():
+        return results
+    # weights in parts on all processes can't be used by one of them
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        logging.warning("weights are in parts: forward speed and figures of use are not measured")
+        return results | {"forward_tokens_per_second": None}
+    # of middling lengths: a router may well treat the longest rows otherwise than most
+    rows = sorted(eval_set, key=lambda row: row["length"])
+    starts = sorted({int(share * max(0, len(rows) - 4)) for share in (0.25, 0.5, 0.75)})
+    batches = [trainer.data_collator(rows[start : start + 4]) for start in starts]
+    speed = forward_speed(model, batches, capacities=others)
+    at = speed.pop("ratio_at")
+    results["forward_tokens_per_second"] = speed
+    for capacity in others:
+        results["capacities"][str(capacity)]["forward_ratio"] = at[capacity]
+    if prompts:
+        show = not trainer.args.disable_tqdm
+        with tqdm(total=len(prompts), desc="answering prompts", unit="prompt", disable=not show) as bar:
+            use = figures_of_use(model, trainer.processing_class, prompts, progress=bar.update, capacities=others)
+        for capacity, figures in use.pop("use_at").items():
+            results["capacities"][str(capacity)]["use"] = figures
+        results |= use
     return results
 
 

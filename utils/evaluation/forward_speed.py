@@ -12,33 +12,53 @@ import torch
 
 @torch.inference_mode()
 def forward_speed(
-    model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]], repeats: int = 3
-) -> dict[str, float]:
+    model: torch.nn.Module,
+    batches: Sequence[dict[str, torch.Tensor]],
+    repeats: int = 3,
+    capacities: Sequence[float] = (),
+) -> dict[str, float | dict[float, float]]:
     """Time forward passes over `batches`, dense and routed in turn.
 
     Args:
         model: a routed model, on the device that is measured; left in evaluation mode.
         batches: each with `input_ids` and `attention_mask`, int64 [batch, tokens].
         repeats: counted passes of each kind, after one that is not counted.
+        capacities: other capacities of the model, timed in turn with the rest.
 
     Returns:
-        `dense` and `routed`: real tokens per second, medians; `ratio`: routed over dense.
+        `dense` and `routed`: real tokens per second, medians; `ratio`: routed over dense, the median over the repeats,
+        in processor time on a CPU; `ratio_at`: the same of each of the capacities.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device, settings = next(model.parameters()).device, model.config.mod_settings
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     batches = [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    seconds: dict[str, list[float]] = {"dense": [], "routed": []}
-    for _ in range(repeats + 1):
-        for kind, times in seconds.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            for batch in batches:
-                model(**batch, route=kind == "routed", use_cache=False)
-            _synchronize(device)
-            times.append(time.perf_counter() - start)
-    dense, routed = (tokens / statistics.median(times[1:]) for times in seconds.values())
-    return {"dense": dense, "routed": routed, "ratio": routed / dense}
+    kinds = ("dense", "routed", *capacities)
+    walls: dict[str | float, list[float]] = {kind: [] for kind in kinds}
+    costs: dict[str | float, list[float]] = {kind: [] for kind in kinds}
+    try:
+        for _ in range(repeats + 1):
+            for kind in kinds:
+                model.set_mod_settings(settings)
+                if kind in capacities:
+                    model.set_capacity(kind)
+                _synchronize(device)
+                wall, cost = time.perf_counter(), clock()
+                for batch in batches:
+                    model(**batch, route=kind != "dense", use_cache=False)
+                _synchronize(device)
+                walls[kind].append(time.perf_counter() - wall)
+                costs[kind].append(clock() - cost)
+    finally:
+        model.set_mod_settings(settings)
+    ratios = {
+        kind: statistics.median(dense / own for dense, own in zip(costs["dense"][1:], costs[kind][1:], strict=True))
+        for kind in kinds[1:]
+    }
+    dense, routed = (tokens / statistics.median(walls[kind][1:]) for kind in ("dense", "routed"))
+    at = {capacity: ratios[capacity] for capacity in capacities}
+    return {"dense": dense, "routed": routed, "ratio": ratios["routed"], "ratio_at": at}
 
 
 def _synchronize(device: torch.device) -> None:

@@ -36,6 +36,7 @@ def figures_of_use(
     max_new_tokens: int = 40,
     batch_size: int = 8,
     progress: Callable[[int], Any] = lambda answered: None,
+    capacities: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Let a routed model and its dense base answer prompts, and compare.
 
@@ -46,11 +47,13 @@ def figures_of_use(
         max_new_tokens: length of an answer, at most.
         batch_size: prompts answered at a time.
         progress: called with the number of prompts that a batch has had.
+        capacities: other capacities of the model, for agreement and executed, which need no further generation.
 
     Returns:
         `use`: for each of `FIGURES` its `mean` and `stderr` (None for a single prompt), and `prompts` and
         `max_new_tokens`. Agreement is of all tokens together, the others are means over prompts. `answers`: for each
         prompt, in their order, `prompt`, `dense` and `routed` as text, `tokens` (of the dense answer), and the figures.
+        `use_at`: of each of the capacities what `use` has, less foreign.
 
     Raises:
         UserError: there is no prompt, one of them is empty or leaves no place for an answer, or a number is below 1.
@@ -66,16 +69,19 @@ def figures_of_use(
     for start in range(0, len(prompts), batch_size):
         rows = longest_first[start : start + batch_size]
         batch = [prompts[row] for row in rows]
-        for row, figures in zip(rows, _compare(model, batch, ends, max_new_tokens), strict=True):
+        for row, figures in zip(rows, _compare(model, batch, ends, max_new_tokens, capacities), strict=True):
             texts = {
                 name: tokenizer.decode(figures.pop(f"{name}_tokens"), skip_special_tokens=True)
                 for name in ("dense", "routed")
             }
             answers[row] = {"prompt": prompts[row]["text"], **texts, **figures}
         progress(len(rows))
+    of_all = {"prompts": len(prompts), "max_new_tokens": max_new_tokens}
+    at = [answer.pop("at") for answer in answers]
     return {
-        "use": summarize(answers) | {"prompts": len(prompts), "max_new_tokens": max_new_tokens},
+        "use": summarize(answers) | of_all,
         "answers": answers,
+        "use_at": {capacity: summarize([of[capacity] for of in at], FIGURES[:2]) | of_all for capacity in capacities},
     }
 
 
@@ -102,11 +108,14 @@ def check_prompts(prompts: Sequence[Prompt], positions: int, max_new_tokens: int
             )
 
 
-def summarize(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Return mean and standard error of each of `FIGURES` over prompts.
+def summarize(
+    answers: Sequence[Mapping[str, Any]], figures: Sequence[str] = FIGURES
+) -> dict[str, dict[str, float | None]]:
+    """Return mean and standard error of each of the `figures` over prompts.
 
     Args:
         answers: each with the figures and `tokens`.
+        figures: of `FIGURES`.
 
     Returns:
         `mean` and `stderr` by name. Agreement is a ratio of sums, so that each token counts alike; its error is that of
@@ -114,7 +123,7 @@ def summarize(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
     """
     mean_tokens = statistics.fmean(answer["tokens"] for answer in answers)
     summary = {}
-    for name in FIGURES:
+    for name in figures:
         weights = [answer["tokens"] / mean_tokens if name == "agreement" else 1.0 for answer in answers]
         values = [answer[name] for answer in answers]
         mean = statistics.fmean(values, weights)
@@ -156,9 +165,16 @@ class _Batch:
 
 
 def _compare(
-    model: PreTrainedModel, prompts: Sequence[Prompt], ends: Iterable[int], max_new_tokens: int
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    ends: Iterable[int],
+    max_new_tokens: int,
+    capacities: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """Return of each prompt its figures, `tokens`, and both answers as `dense_tokens` and `routed_tokens`."""
+    """Return of each prompt its figures, `tokens`, both answers as `dense_tokens` and `routed_tokens`.
+
+    `at` has agreement, executed and tokens by capacity.
+    """
     input_ids, mask = _pad([prompt["input_ids"] for prompt in prompts], "left", model.device)
     batch = _Batch(input_ids, mask)
     stops = [frozenset({*ends, prompt["end_token"]}) for prompt in prompts]
@@ -166,6 +182,19 @@ def _compare(
     routed = _answer(model, batch, stops, max_new_tokens, route=True)
     agreed, executed = _follow(model, batch, dense, stops)
     strange = _surprise(model, batch, routed) - _surprise(model, batch, dense)
+    at: list[dict[float, dict[str, float]]] = [{} for _ in prompts]
+    settings = model.config.mod_settings
+    try:
+        for capacity in capacities:
+            model.set_capacity(capacity)
+            for row, (agreement, share) in enumerate(zip(*_follow(model, batch, dense, stops), strict=True)):
+                at[row][capacity] = {
+                    "agreement": float(agreement),
+                    "executed": float(share),
+                    "tokens": len(dense[row]),
+                }
+    finally:
+        model.set_mod_settings(settings)
     return [
         {
             "agreement": agreement,
@@ -174,9 +203,10 @@ def _compare(
             "tokens": len(own),
             "dense_tokens": own,
             "routed_tokens": other,
+            "at": others,
         }
-        for agreement, share, nats, own, other in zip(
-            agreed.tolist(), executed.tolist(), strange.tolist(), dense, routed, strict=True
+        for agreement, share, nats, own, other, others in zip(
+            agreed.tolist(), executed.tolist(), strange.tolist(), dense, routed, at, strict=True
         )
     ]
 

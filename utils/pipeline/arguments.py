@@ -99,6 +99,10 @@ class DataArguments:
     max_eval_samples: int = field(
         default=64, metadata={"help": "Hold out, or read from eval_file, at most this many rows."}
     )
+    max_use_prompts: int = field(
+        default=16,
+        metadata={"help": "Prompts of held-out rows that dense and routed model answer at the end; 0: none."},
+    )
     max_seq_length: int = field(default=2048, metadata={"help": "Cut rows to this many tokens (the paper's 2048)."})
     chat_format: str = field(
         default="auto", metadata={"help": "How messages become text: auto, template (the tokenizer's own) or tags."}

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+USE = ("agreement", "executed")
+
 
 def run_table(results: Mapping[str, Any]) -> str:
     """Return the table as text.
@@ -12,7 +14,8 @@ def run_table(results: Mapping[str, Any]) -> str:
             (`eval_loss`, `eval_capacity`, `eval_capacity/layer_i`); `forward_tokens_per_second` with `dense`,
             `routed` and their `ratio`, or None where it was not measured; where they were measured, `use` with
             `agreement`, `executed` and `foreign` (each `mean` and `stderr`) and `prompts`, and `answers`, each with
-            `prompt`, `dense`, `routed` and its own `agreement`.
+            `prompt`, `dense`, `routed` and its own `agreement`; `capacities`, capacity -> `held_out`, `use` and
+            `forward_ratio` of the same checkpoint set to it.
     """
     dense, routed, rows = (results["held_out"][name] for name in ("dense", "routed", "rows"))
     speed = results["forward_tokens_per_second"]
@@ -25,7 +28,7 @@ def run_table(results: Mapping[str, Any]) -> str:
         f"{'forward tokens/s':<18}{speed['dense']:>10.0f}{speed['routed']:>10.0f}   ({speed['ratio']:.2f}x)"
         if speed
         else f"{'forward tokens/s':<18}{'-':>10}{'-':>10}   (not measured where the weights are in parts)",
-        f"{'capacity':<18}{1:>10.2f}{routed['eval_capacity']:>10.2f}   (share executed, all routed layers)",
+        f"{'capacity':<18}{1:>10.2f}{routed['eval_capacity']:>10.2f}   (share executed of the held-out rows)",
     ]
     if results.get("use"):
         lines += _use(results["use"])
@@ -35,6 +38,8 @@ def run_table(results: Mapping[str, Any]) -> str:
         "capacity  " + "".join(f"{value:>6.2f}" for value in layers.values()),
         "",
     ]
+    if results.get("capacities"):
+        lines += _at_capacities(results)
     if results.get("answers"):
         shown = _typical(results["answers"])
         lines += [
@@ -49,7 +54,7 @@ def _use(use: Mapping[str, Any]) -> list[str]:
     """Return the lines of the figures of use, each beside what the dense model has by definition."""
     said = {
         "agreement": (1, f"of the dense answers' tokens, {use['prompts']} prompts"),
-        "executed": (1, "of the routed computations, in generation"),
+        "executed": (1, "share executed of prompts and answers, in generation"),
         "foreign": (0, "nats a token that the answers are stranger to the dense model than its own"),
     }
     lines = []
@@ -58,6 +63,22 @@ def _use(use: Mapping[str, Any]) -> list[str]:
         error = "" if error is None else f"± {error:.2f}, "
         lines.append(f"{name:<18}{dense:>10.2f}{use[name]['mean']:>10.2f}   ({error}{meaning})")
     return lines
+
+
+def _at_capacities(results: Mapping[str, Any]) -> list[str]:
+    """Return the lines of what the same checkpoint is at other capacities, `model.set_capacity(...)`."""
+    lines = [
+        "The same checkpoint set to other capacities:",
+        f"{'capacity':<12}{'of rows':>9}{'in use':>9}{'loss':>9}{'agreement':>11}{'forward':>9}",
+    ]
+    for capacity, of in sorted(results["capacities"].items(), reverse=True):
+        use = {name: f"{figure['mean']:.2f}" for name, figure in of.get("use", {}).items() if name in USE}
+        ratio = f"{of['forward_ratio']:.2f}x" if "forward_ratio" in of else "-"
+        lines.append(
+            f"{capacity:<12}{of['held_out']['eval_capacity']:>9.2f}{use.get('executed', '-'):>9}"
+            f"{of['held_out']['eval_loss']:>9.3f}{use.get('agreement', '-'):>11}{ratio:>9}"
+        )
+    return [*lines, ""]
 
 
 def _typical(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
