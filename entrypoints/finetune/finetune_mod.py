@@ -66,6 +66,7 @@ def main() -> int | None:
         check_enough(train_set["length"], config["hidden_size"])
     model = prepare_model(model_args, training_args, model_dir, settings)
     trainer = make_trainer(model, training_args, tokenizer, train_set, eval_set, run)
+    trainer.calibrate_on(calibration_set, ends_of_answers(tokenizer, data_args))
     claim_output_directory(training_args, run)
     if checkpoint:
         logging.info("going on from %s", checkpoint)
@@ -76,7 +77,7 @@ def main() -> int | None:
         )
         return TERMINATED
     trainer.save_state()
-    trainer.finish(calibration_set, ends_of_answers(tokenizer, data_args))
+    trainer.finish()
 
     results = measure(trainer, eval_set, prompts)
     save(trainer, model_args, model_dir, results)

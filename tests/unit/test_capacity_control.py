@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -220,6 +221,7 @@ class SkippingModel(torch.nn.Module):
     def __init__(self, logits: torch.Tensor):
         super().__init__()
         self.logits = logits
+        self.config = SimpleNamespace(mod_settings=SimpleNamespace(level="sequence"))
 
     def router_modules(self):
         return {layer: lambda logits: logits for layer in (0, 1)}
@@ -297,7 +299,7 @@ class TestParts:
         guess = torch.linalg.lstsq(columns, answers.flatten().float()[:, None]).solution[:, 0]
         features = inputs.flatten(0, 1)
         moments = RouterMoments(features.mean(dim=0), features.std(dim=0), guess)
-        control = BudgetControl({layer: MoDRouter(HIDDEN) for layer in LAYERS}, 0.5, parts=2)
+        control = BudgetControl({layer: MoDRouter(HIDDEN) for layer in LAYERS}, 0.5, 0.5)
         control.begin(dict.fromkeys(LAYERS, moments), lambda layer: 0.5)
         return control
 
@@ -347,7 +349,7 @@ class TestParts:
         weights = {layer: router.weight.detach().clone() for layer, router in model.router_modules().items()}
         cuts = dict.fromkeys(MODEL_LAYERS, (0.0, 0.5))
         tells = {layer: of.tell for layer, of in moments.items()}
-        weights, cuts = calibrate_parts(model, batches, cuts, tells, weights, 0.6, runs=8)
+        weights, cuts = calibrate_parts(model, batches, cuts, tells, weights, (0.6, 0.6), runs=8)
         with torch.no_grad():
             for layer, router in model.router_modules().items():
                 router.weight.copy_(weights[layer])

@@ -16,6 +16,17 @@ NEW_TOKENS = 48
 """Tokens of an answer, at most."""
 
 
+def prompt_share(rows: Sequence[Mapping[str, list[int]]]) -> float:
+    """Return the share of a row's tokens that are its prompt's, the mean over rows; a half where there are none.
+
+    Args:
+        rows: `input_ids` and `labels`, -100 where unsupervised.
+    """
+    shares = [row["labels"].count(IGNORE_INDEX) / len(row["labels"]) for row in rows]
+    mean = sum(shares) / len(shares) if shares else 0.5
+    return mean if 0.0 < mean < 1.0 else 0.5
+
+
 @torch.no_grad()
 def answered(
     model: nn.Module,

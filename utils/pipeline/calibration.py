@@ -50,7 +50,7 @@ def calibrate(
     reference: tuple[torch.Tensor, float] | None = None,
     execution: str | None = None,
 ) -> tuple[dict[int, Cut], float]:
-    """Find cuts that keep a share `target` of the inputs.
+    """Find cuts that keep a share `target` of the inputs; of tokens, the mean over rows of each row's share.
 
     Args:
         model: a routed model.
@@ -76,10 +76,13 @@ def calibrate(
             others, gate = reference
             alike = logits_of_routers(model, batches, cuts, lambda u: torch.full_like(u, gate), execution="dense")
             known = torch.cat([alike, others.to(alike)])
+        weights = None
         for _ in tqdm(range(runs), desc="calibrating thresholds", disable=not progress):
             values = logits_of_routers(model, batches, cuts, lambda u, shift=shift: (u >= shift).to(u.dtype), execution)
+            if weights is None:
+                weights = weights_of_inputs(model, batches, len(values))
             more = 0.0 if reference is None else _above(known, shift) - _above(alike, shift)
-            share = _above(values, shift) + more
+            share = _above(values, shift, weights) + more
             best = min(best, (abs(share - target), shift, share))
             if abs(share - target) <= tolerance:
                 break
@@ -87,7 +90,7 @@ def calibrate(
                 below = max(below, shift)
             else:
                 above = min(above, shift)
-            shift = _quantile(values, 1 - target + more)
+            shift = _quantile(values, 1 - target + more, weights)
             if not below < shift < above:  # skipping moved the logits: bisect
                 shift = (below + above) / 2 if math.isfinite(below + above) else shift
     finally:
@@ -156,14 +159,38 @@ def logits_of_routers(
     return torch.cat(seen)
 
 
-def _above(values: torch.Tensor, shift: float) -> float:
-    return float((values >= shift).double().mean())
+def weights_of_inputs(
+    model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], count: int
+) -> torch.Tensor | None:
+    """Return how much each of the `count` inputs that `logits_of_routers` returns counts, float [count], mean 1.
+
+    Of tokens each row's count as much as another row's: a capacity is what a request executes, on average. None, all
+    alike, for sequences.
+    """
+    if model.config.mod_settings.level == "sequence":
+        return None
+    layers, parts = len(model.router_modules()), []
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        parts.append((1.0 / mask.sum(dim=1, keepdim=True)).expand_as(mask)[mask].repeat(layers))
+    weights = torch.cat(parts)
+    weights = weights.repeat_interleave(count // len(weights))  # experts that a token is assigned to
+    return weights / weights.mean()
 
 
-def _quantile(values: torch.Tensor, share: float) -> float:
-    """Return a value with `share` of the values below it, half-way between two neighbours."""
-    ordered = values.sort().values
-    place = min(max(round(share * len(ordered)), 0), len(ordered))
+def _above(values: torch.Tensor, shift: float, weights: torch.Tensor | None = None) -> float:
+    above = (values >= shift).double()
+    return float(above.mean() if weights is None else (above * weights).mean())
+
+
+def _quantile(values: torch.Tensor, share: float, weights: torch.Tensor | None = None) -> float:
+    """Return a value with `share` of the values (of their weights) below it, half-way between two neighbours."""
+    ordered, order = values.sort()
+    if weights is None:
+        place = min(max(round(share * len(ordered)), 0), len(ordered))
+    else:
+        below = weights[order].double().cumsum(dim=0) / weights.double().sum()
+        place = int((below <= share + 1e-9).sum())
     if place == 0:
         return float(ordered[0]) - 1.0
     if place == len(ordered):
@@ -178,13 +205,13 @@ def calibrate_parts(
     cuts: Mapping[int, tuple[Cut, float]],
     tells: Mapping[int, torch.Tensor],
     weights: Mapping[int, torch.Tensor],
-    target: float,
+    targets: tuple[float, float],
     tolerance: float = 0.01,
     runs: int = 4,
     progress: bool = False,
     execution: str | None = None,
 ) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Cut, float]]]:
-    """Find routers that keep a share `target` of the tokens of prompts, and of those of answers.
+    """Find routers that keep these shares of the tokens of prompts, and of those of answers.
 
     Args:
         model: a routed model, with the routers `weights`.
@@ -192,7 +219,8 @@ def calibrate_parts(
         cuts: as of `calibrate`.
         tells: layer index -> the guess at a token's part, as of `RouterMoments`.
         weights: layer index -> the router's weight, float32 [1 or num_experts, hidden_size], whole.
-        target, tolerance, runs, progress, execution: as of `calibrate`.
+        targets: of prompts, and of answers, in [0, 1].
+        tolerance, runs, progress, execution: as of `calibrate`.
 
     Returns:
         Layer index -> the router's new weight, and `cuts` that go with it. Where the batches have but one part, all as
@@ -204,11 +232,12 @@ def calibrate_parts(
         if answers.all() or not answers.any():
             return dict(weights), dict(cuts)
         kept = values - shifts[0] - (shifts[1] - shifts[0]) * told >= 0
-        off = max(abs(float(kept[part].double().mean()) - target) for part in (~answers, answers))
+        shares = [float(kept[part].double().mean()) for part in (~answers, answers)]
+        off = max(abs(share - target) for share, target in zip(shares, targets, strict=True))
         best = min(best, (off, shifts))
         if off <= tolerance:
             break
-        shifts = _shifts_of_parts(values, told, answers, target, shifts)
+        shifts = _shifts_of_parts(values, told, answers, targets, shifts)
     low, high = best[1]
     new_weights, new_cuts = {}, {}
     for layer, (cut, scale) in cuts.items():
@@ -248,9 +277,13 @@ def _by_part(
 
 
 def _shifts_of_parts(
-    values: torch.Tensor, told: torch.Tensor, answers: torch.Tensor, target: float, shifts: tuple[float, float]
+    values: torch.Tensor,
+    told: torch.Tensor,
+    answers: torch.Tensor,
+    targets: tuple[float, float],
+    shifts: tuple[float, float],
 ) -> tuple[float, float]:
-    """Return shifts by which `values - h_0 (1 - told) - h_1 told` is at least 0 for `target` of each part's inputs."""
+    """Return shifts by which `values - h_0 (1 - told) - h_1 told` is at least 0 for these shares of both parts."""
     shifts = list(shifts)
     for _ in range(10):  # a guess that is right for most makes the two nearly independent
         for place, part in enumerate((~answers, answers)):
@@ -259,7 +292,7 @@ def _shifts_of_parts(
             rest = values[part] - shifts[1 - place] * (1 - own)
             for _ in range(40):
                 shifts[place] = (low + high) / 2
-                if float((rest >= shifts[place] * own).double().mean()) > target:
+                if float((rest >= shifts[place] * own).double().mean()) > targets[place]:
                     low = shifts[place]
                 else:
                     high = shifts[place]

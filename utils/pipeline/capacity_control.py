@@ -22,11 +22,12 @@ the whole accumulation window. At a minimum of `L` under `C = s` a common shift 
 **Shift.** An integral controller holds the capacity: `h <- h + g (C - s_t)` after each step. `s_t` falls linearly from
 1 to the target `s` over the first share of the steps.
 
-**Prompt and answer.** The loss is of answers, and executing them alone would be cheap: how much is executed would then
-follow from how long prompts are, and nothing would be saved in decode. So tokens have a capacity, a price and a shift
-in each of these two parts, and reach the target in both. A router has one threshold for both: their shifts `h_0` and
-`h_1` become `h(x) = h_0 + (h_1 - h_0) f_l(x)`, `f_l` being a linear guess at whether the token is an answer's, a ridge
-regression made before the first step. In a checkpoint it is a part of the router's weight.
+**Prompt and answer.** The loss is of answers, and with one capacity for all tokens deep layers learn to skip nearly all
+of the prompt and nothing else: how much is executed would then follow from how long prompts are, and nothing would be
+saved in decode. So tokens have a capacity, a price and a shift in each of these two parts, with targets that lie
+`PARTING s (1 - s)` apart and make `s` together (`targets_of_parts`). A router has one threshold for both: their shifts
+`h_0` and `h_1` become `h(x) = h_0 + (h_1 - h_0) f_l(x)`, `f_l` being a linear guess at whether the token is an
+answer's, a ridge regression made before the first step. In a checkpoint it is a part of the router's weight.
 
 In a checkpoint the layer's threshold stands for intercept, shift and mean: `W_l x` is at least
 `W_l m_l + s_l (h - b_l)` exactly where `z >= h`.
@@ -54,9 +55,12 @@ GAIN = 4.0
 """Of the controller: change of the shift, in logits, for a capacity off by 1."""
 DECAY = 0.8
 """Weight of the past in the averages that the price is made of."""
+PARTING = 2.0
+"""How far apart the capacities of prompts and answers are: 0.5 where the target is 0.5. With more the quality is
+better, and what is executed follows more from the prompt's length (`configs/reproduce/RESULTS.md`)."""
 TELL_RIDGE = 1e-2
 """Of the guess at which part a token is in, in units of the inputs' mean variance."""
-STATE = ("shifts", "prices", "pushes", "steps")
+STATE = ("targets", "shifts", "prices", "pushes", "steps")
 FORWARD_INPUTS = ("input_ids", "attention_mask", "token_mask")
 INTERCEPT_RATE = 0.3
 """Peak learning rate of the intercepts, which are logits."""
@@ -67,14 +71,13 @@ class BudgetControl:
 
     Args:
         routers: layer index -> router, ascending.
-        target: capacity to reach, in [0, 1].
-        parts: 2 for tokens, which have it in prompts and in answers; 1 for sequences.
+        targets: capacities to reach, in [0, 1]: for tokens that of prompts and that of answers, for sequences one.
     """
 
-    def __init__(self, routers: Mapping[int, MoDRouter], target: float, parts: int = 1):
+    def __init__(self, routers: Mapping[int, MoDRouter], *targets: float):
         self.routers = dict(routers)
-        self.target = target
-        self.parts = parts
+        self.targets = list(targets)
+        self.parts = len(targets)
         self.places = {layer: place for place, layer in enumerate(self.routers)}
         self.means: torch.Tensor | None = None  # [layers, hidden_size]
 
@@ -222,13 +225,13 @@ class BudgetControl:
                 averages[place] = weight * averages[place] + (1 - weight) * push
             if averages[1] < 0:
                 self.prices[part] = max(1e-6, -averages[0] / averages[1])
-            self.shifts[part] += GAIN * (capacity - self.scheduled(progress))
+            self.shifts[part] += GAIN * (capacity - self.scheduled(progress, part))
         self.steps += 1
         self._open_window()
 
-    def scheduled(self, progress: float) -> float:
-        """Return `s_t`, the capacity asked for when this share of the steps is done."""
-        return 1.0 - (1.0 - self.target) * min(1.0, progress / DESCENT)
+    def scheduled(self, progress: float, part: int = 0) -> float:
+        """Return `s_t`, the capacity asked for in a part when this share of the steps is done."""
+        return 1.0 - (1.0 - self.targets[part]) * min(1.0, progress / DESCENT)
 
     @torch.no_grad()
     def settle(
@@ -272,6 +275,18 @@ class BudgetControl:
         self.optimizer.load_state_dict(state["optimizer"])
         for name in STATE:
             setattr(self, name, state[name])
+
+
+def targets_of_parts(target: float, prompt_share: float) -> tuple[float, float]:
+    """Return the capacities of prompts and of answers that make `target` together.
+
+    Args:
+        target: in (0, 1].
+        prompt_share: share of the tokens that are a prompt's, in (0, 1).
+    """
+    apart = PARTING * target * (1 - target)
+    answers = min(1.0, target + prompt_share * apart)
+    return max(0.0, (target - (1 - prompt_share) * answers) / prompt_share), answers
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """The trainer: Hugging Face's own loop, with the routing loss, and capacity in the log."""
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback
 from utils.io.errors import UserError
 from utils.model.checkpoint import change_settings, router_name, set_thresholds, whole_parameters
 
-from .answers import answered
+from .answers import answered, prompt_share
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
 from .calibration import calibrate_parts, calibrate_table, cuts_of, fold_table, pack_capacities, pack_reference
-from .capacity_control import BudgetControl, router_moments
+from .capacity_control import BudgetControl, router_moments, targets_of_parts
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
 from .losses import capacity_hinge, executed_inputs, next_token_nll
@@ -72,6 +72,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self.add_callback(self.termination)
         layers = self.model.config.mod_settings.layers
         self.units = dict.fromkeys(layers, 1.0)  # of the routers' logits, for later shifts of all thresholds
+        self._calibration: Sequence[Any] = ()
+        self._ends: Collection[int] = ()
+        self._is_answered = False
         self.reference: dict[str, Any] | None = None  # for such shifts, what routers make of rows that they never saw
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
@@ -89,7 +92,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
                 self.capacity_control = RegressionControl(routers, target)
             else:
                 parts = 2 if self.model.config.mod_settings.level == "token" else 1
-                self.capacity_control = BudgetControl(routers, target, parts)
+                self.capacity_control = BudgetControl(routers, *[target] * parts)
         self.add_callback(_ControlSteps(self))
         self._teacher = (
             DenseTeacher(self.model, share_prefix=not self._zero3) if self.args.distillation_weight else None
@@ -255,7 +258,11 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         elif by_importance:
             margins = starting_margins(self.model, batches)
         if budget:
-            moments = router_moments(self.model, batches, parts=self.capacity_control.parts > 1)
+            parts = self.capacity_control.parts > 1
+            if parts:
+                share = prompt_share(self._answered())
+                self.capacity_control.targets[:] = targets_of_parts(self.args.target_capacity, share)
+            moments = router_moments(self.model, batches, parts=parts)
             self.capacity_control.begin(moments, self.model.config.mod_settings.threshold_of, margins)
         elif margins is not None:
             lowest = min(margins.values())  # starts on its threshold, the others above theirs
@@ -305,14 +312,30 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         progress = self.state.global_step / self.state.max_steps
         self.capacity_control.step(progress, rate, self.accelerator, summed, there)
 
-    def finish(self, calibration_rows: Any = (), ends: Collection[int] = ()) -> None:
-        """Settle routers and thresholds: after it the model decides by itself, as its checkpoint will.
+    def calibrate_on(self, rows: Any, ends: Collection[int] = ()) -> None:
+        """Say what the thresholds are calibrated on, before training; without it they aren't.
 
         Args:
-            calibration_rows: tokenized rows that were not trained on; with none of them nothing is calibrated. Their
-                prompts are answered by the dense model, so that the capacity is that of generation.
+            rows: tokenized rows that are not trained on. The dense model answers their prompts, so that the capacity
+                is that of generation.
             ends: tokens that end an answer.
         """
+        self._calibration, self._ends = rows, ends
+
+    def _answered(self) -> Sequence[dict[str, list[int]]]:
+        """Return the rows to calibrate on, with the dense model's answers; every process must call it."""
+        if not self._is_answered and len(self._calibration):
+            if self._zero3:
+                logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
+            else:
+                show = self.is_world_process_zero() and not self.args.disable_tqdm
+                self._calibration = answered(self.model, self._calibration, self._ends, progress=show)
+        self._is_answered = True
+        return self._calibration
+
+    def finish(self) -> None:
+        """Settle routers and thresholds: after it the model decides by itself, as its checkpoint will."""
+        calibration_rows = self._answered()
         control, settings = self.capacity_control, self.model.config.mod_settings
         show = self.is_world_process_zero() and not self.args.disable_tqdm
         weights, reference = self.router_weights(), None
@@ -329,17 +352,12 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self.capacity_control = None
         settled = {self.args.target_capacity: {layer: cut for layer, (cut, _) in cuts.items()}}
         if len(calibration_rows):
-            if self._zero3:
-                logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
-            else:
-                calibration_rows = answered(self.model, calibration_rows, ends, progress=show)
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
             options = {"progress": show, "execution": self._eval_execution}
             if isinstance(control, BudgetControl) and control.parts > 1:
                 tells = dict(zip(settings.layers, control.tells, strict=True))
-                weights, cuts = calibrate_parts(
-                    self.model, batches, cuts, tells, weights, self.args.target_capacity, **options
-                )
+                targets = tuple(control.targets)
+                weights, cuts = calibrate_parts(self.model, batches, cuts, tells, weights, targets, **options)
                 self.set_routers(weights)
             capacities = sorted({*self.args.capacities, self.args.target_capacity}, reverse=True)
             settled = calibrate_table(self.model, batches, cuts, capacities, reference=reference, **options)
