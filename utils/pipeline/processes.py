@@ -19,11 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
 from utils.io.errors import UserError
+from utils.io.launched import ENGINE_VARIABLE, PROCESSES_VARIABLE
 
 T = TypeVar("T")
-PROCESSES_VARIABLE = "ROUTER_TUNING_PROCESSES"
-ENGINE_VARIABLE = "ROUTER_TUNING_ENGINE"
-"""Number of processes and distributed type that the launcher was asked for."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM: a checkpoint was saved, and the same command goes on from it."""
 
