@@ -107,7 +107,7 @@ def main() -> None:
     collate = SupervisedCollator.for_tokenizer(tokenizer)
 
     def make_batches(part):
-        tokenized, report = tokenize_dataset(part, tokenizer, max_seq_length=args.max_seq_length)
+        tokenized, report = tokenize_dataset(part, tokenizer, max_seq_length=args.max_seq_length, max_dropped=0.5)
         logging.info("%s", report.summary())
         starts = range(0, len(tokenized), 8)
         made = [collate([tokenized[row] for row in range(s, min(s + 8, len(tokenized)))]) for s in starts]

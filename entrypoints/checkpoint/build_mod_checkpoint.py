@@ -67,9 +67,11 @@ def build(args: Namespace, output_dir: Path) -> None:
     """Write the checkpoint of a base, or find that it is there."""
     import torch
 
+    from utils.data.chat_format import ends_of_turn
     from utils.evaluation.prompts import cut_prompts, read_text
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import INDEX_FILE, build_mod_checkpoint, load_tokenizer, make_settings, read_config
+    from utils.model.tokenizer_match import end_generation_at, stop_tokens
     from utils.model.upcycling import mixtral_config, upcycle
 
     variant = read_config(output_dir) if (output_dir / "config.json").is_file() else None
@@ -109,9 +111,13 @@ def build(args: Namespace, output_dir: Path) -> None:
         upcycle(base_dir, upcycled, args.upcycle, cut_prompts(torch.tensor(token_ids), 4, 256), args.seed)
         logging.info("%s: a mixture of %d experts, untrained, in %s", base_model, args.upcycle, upcycled)
         base_dir = upcycled
+    tokenizer = load_tokenizer(base_dir)
+    stops = stop_tokens(base_dir, tokenizer, ends_of_turn(tokenizer))
     how = build_mod_checkpoint(base_dir, output_dir, settings, copy_base=args.save_base == "copy")
     logging.info("%s: %s of layers %s", base_model, settings.granularity, list(settings.layers))
     logging.info("base weights: %s", how)
+    if end_generation_at(output_dir, stops):
+        logging.info("generation_config.json: generation ends at %s", tokenizer.convert_ids_to_tokens(stops))
 
 
 def refuse_other_base(base_model: str, base_dir: Path, output_dir: Path) -> None:

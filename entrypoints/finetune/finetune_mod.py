@@ -23,6 +23,7 @@ def main() -> int | None:
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import load_tokenizer, make_settings, read_config
     from utils.model.lora import holds_adapter
+    from utils.model.tokenizer_match import check_positions
     from utils.pipeline.arguments import parse_arguments
     from utils.pipeline.processes import TERMINATED, check_joined, check_started, on_main_process
     from utils.pipeline.run_directory import (
@@ -67,6 +68,9 @@ def main() -> int | None:
 
     tokenizer = load_tokenizer(model_dir)
     train_set, eval_set = prepare_data(data_args, training_args, tokenizer)
+    for name, rows in (("train_file", train_set), ("held-out rows", eval_set)):
+        way_out = f"give --max_seq_length {config.get('max_position_embeddings')} (MAX_SEQ_LENGTH)"
+        check_positions(config, max(rows["length"]), f"the longest row of {name}", way_out)
     agree_on_rows(training_args, run, (train_set, eval_set))
     checkpoint = on_main_process(training_args, lambda: checkpoint_to_resume(training_args, run))
     train_set, calibration_set = set_aside(train_set, training_args.calibration_rows)
@@ -155,6 +159,7 @@ def tokenize_rows(data_args, training_args, tokenizer):
                 chat_format=data_args.chat_format,
                 cache_dir=data_args.tokenized_cache_dir,
                 progress=training_args.process_index == 0,
+                max_dropped=data_args.max_dropped,
             )
         except UserError as error:
             raise UserError(f"{name} rows: {error}") from None

@@ -39,6 +39,7 @@ from .modeling_moe_mod import (
     MoDQwen2MoeForCausalLM,
 )
 from .substitute_mod import MoDSubstitute
+from .tokenizer_match import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -527,14 +528,17 @@ def load_tokenizer(directory: str | Path):
     """Load the tokenizer of a MoD or dense checkpoint: the base's, by the rules for the base's architecture.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has tokens that the model has no embedding for.
     """
+    config = read_config(directory)
     # transformers chooses the tokenizer's class by the config; the checkpoint's own would ask to run remote code
-    base_config = AutoConfig.for_model(str(read_config(directory)["model_type"]).removeprefix("mod_"))
+    base_config = AutoConfig.for_model(str(config["model_type"]).removeprefix("mod_"))
     try:
-        return AutoTokenizer.from_pretrained(directory, config=base_config)
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=base_config)
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer could be loaded: {error}") from None
+        raise UserError(f"{directory}: no tokenizer could be loaded: {' '.join(str(error).split())}") from None
+    check_vocabulary(directory, config, tokenizer)
+    return tokenizer
 
 
 def _refuse_other_routing(directory: Path, trained: MoDSettings, settings: MoDSettings) -> None:
