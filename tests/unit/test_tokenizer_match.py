@@ -101,7 +101,7 @@ def test_an_answer_ends_at_what_model_tokenizer_and_template_name(model, generat
 @pytest.mark.parametrize("wrong", ["</s>", [1, "2"], {"a": 1}, 1.5])
 def test_an_end_that_is_no_number_is_one_line(model, wrong):
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
-    with pytest.raises(UserError, match="generation_config.json: eos_token_id is .* not a number or a list"):
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is .* not a number or a list"):
         stop_tokens(model, load_tokenizer(model), [])
 
 

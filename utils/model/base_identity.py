@@ -15,9 +15,12 @@ from typing import Any
 
 from utils.io.errors import UserError
 
-from .checkpoint import ADDED_NAME, read_config, weight_map
+from .checkpoint import ADDED_NAME, UNITS_FIELD, read_config, weight_map
 
-NOT_OF_THE_BASE = ("model_type", "auto_map", "mod", "architectures", "transformers_version", "_name_or_path")
+NOT_OF_THE_BASE = (
+    *("model_type", "auto_map", "mod", UNITS_FIELD, "architectures", "transformers_version", "_name_or_path"),
+    *("dtype", "torch_dtype", "use_cache"),  # of the weights each counts with its own
+)
 """Fields of `config.json` that say who wrote it, or that it is a MoD checkpoint."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template*")
 _SAMPLE = 1024  # bytes
@@ -48,9 +51,10 @@ def identify_model(directory: str | Path) -> Identity:
                 (added if ADDED_NAME.match(name) else weights)[name] = sample
     settings = {name: value for name, value in (config.get("mod") or {}).items() if name != "base_model"}
     files = sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)})
+    fields = {name: value for name, value in config.items() if name not in NOT_OF_THE_BASE}
     return {
         "weights": weights,
-        "config": {name: value for name, value in config.items() if name not in NOT_OF_THE_BASE},
+        "config": fields | {"model_type": config["model_type"].removeprefix("mod_")},
         "tokenizer": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "routing": settings | added,
     }
