@@ -6,6 +6,7 @@ a bug and keeps its traceback.
 """
 
 import difflib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -51,13 +52,23 @@ def run_command(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        name = f"{error.filename}: " if error.filename else ""
-        code = _fail(f"{name}{error.strerror or error}")
+        code = _fail(name_failure(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def name_failure(error: OSError) -> str:
+    """Return what failed for what reason, in one line.
+
+    Of two files it is the second that a full disk is about: the first is what was read.
+    """
+    names = [str(name) for name in (error.filename, error.filename2) if name]
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        names = names[-1:]
+    return ": ".join([*([" -> ".join(names)] if names else []), error.strerror or str(error)])
 
 
 def _fail(message: str) -> int:
