@@ -10,19 +10,21 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from subprocess import CalledProcessError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.io.errors import UserError, run_command
-from utils.io.launched import LAUNCHER_VARIABLE
+from utils.io.launched import ENGINE_VARIABLE, LAUNCHER_VARIABLE, PROCESSES_VARIABLE, SAID_VARIABLE
 
 ENGINES_OF_SEVERAL = ("MULTI_GPU", "MULTI_CPU", "FSDP")
 
 
 def main() -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -35,7 +37,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, tell_workers)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     try:
-        launch_command(args)
+        with tempfile.TemporaryDirectory(prefix="router-tuning-launch-") as folder:
+            os.environ[SAID_VARIABLE] = folder
+            launch_command(args)
     except KeyboardInterrupt:
         print("the same command with the same OUTPUT_DIR goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -46,6 +50,8 @@ def main() -> int:
         return exit_code(failure.exitcode)
     except ValueError as error:  # a config file or arguments that don't go together
         raise UserError(str(error)) from None
+    except DistError as error:  # the other machines
+        raise UserError(f"the processes can't find each other: {str(error).splitlines()[0]}") from None
     return 0
 
 
@@ -83,8 +89,8 @@ def check_config(args) -> None:
     if port and rank == 0 and processes > 1 and is_port_in_use(port):
         free = "another" if machines > 1 else "another, or 0 for any free one"
         raise UserError(f"main_process_port {port} is in use; choose {free} (PORT of scripts/finetune_mod.sh)")
-    os.environ["ROUTER_TUNING_PROCESSES"] = str(processes)
-    os.environ["ROUTER_TUNING_ENGINE"] = engine
+    os.environ[PROCESSES_VARIABLE] = str(processes)
+    os.environ[ENGINE_VARIABLE] = engine
 
 
 def tell_workers(signal_number, frame) -> None:
@@ -100,7 +106,10 @@ def tell_workers(signal_number, frame) -> None:
 
 
 def exit_code(code: int) -> int:
-    """Return a worker's exit code as a shell would: 128 + the signal's number where one killed it."""
+    """Return a worker's exit code as a shell would: 128 + the signal's number where one killed it, which is said."""
+    if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT):
+        want = ", most likely for want of memory" if -code == signal.SIGKILL else ""
+        print(f"error: a training process was killed by {signal.Signals(-code).name}{want}", file=sys.stderr)
     return 128 - code if code < 0 else max(1, code)
 
 

@@ -51,7 +51,7 @@ if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$PORT" == 0 || -z "${OUT
   die "NUM_MACHINES=$NUM_MACHINES needs MAIN_PROCESS_IP, PORT and OUTPUT_DIR, the same on every machine"
 fi
 if [[ -n "$TRAIN_FILE" ]]; then DATA_TYPE="$(basename "$TRAIN_FILE" .jsonl)"; fi
-OUTPUT_DIR="${OUTPUT_DIR:-$root/outputs/$FOLDER_NAME/$DATA_TYPE-$(date +%Y%m%d-%H%M%S)}"
+OUTPUT_DIR="${OUTPUT_DIR:-$root/outputs/$FOLDER_NAME/$DATA_TYPE-$(date +%Y%m%d-%H%M%S)-$(od -An -N3 -tx1 /dev/urandom | tr -d ' ')}"
 
 # shellcheck source=scripts/setup_env.sh
 source "$root/scripts/setup_env.sh"
@@ -135,12 +135,8 @@ fi
 
 # Model
 checkpoint="$root/ckpt/$FOLDER_NAME"
-if [[ -f "$checkpoint/model.safetensors.index.json" ]]; then
-  if [[ -n "$BASE_MODEL" ]] && ! grep -q "\"base_model\": \"\(.*/\)\?$(basename "$BASE_MODEL")\"" "$checkpoint/config.json"; then
-    die "BASE_MODEL=$BASE_MODEL: $checkpoint is already built from another base; choose another FOLDER_NAME"
-  fi
-elif [[ "${DRY_RUN:-0}" != 1 ]]; then
-  build=(--folder_name "$FOLDER_NAME")
+if [[ "${DRY_RUN:-0}" != 1 && (-n "$BASE_MODEL" || ! -f "$checkpoint/model.safetensors.index.json") ]]; then
+  build=(--folder_name "$FOLDER_NAME" --reuse)
   if [[ -n "$BASE_MODEL" ]]; then build+=(--base_model "$BASE_MODEL"); fi
   python "$root/entrypoints/checkpoint/build_mod_checkpoint.py" "${build[@]}" >&2
 fi

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from utils.io.launched import leave_other_launches
+
+leave_other_launches()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

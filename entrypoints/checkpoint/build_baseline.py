@@ -63,6 +63,7 @@ def main() -> None:
     from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
     from utils.io.files import atomic_directory, write_json
+    from utils.io.locks import write_alone_until_exit
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import (
         load_mod_model,
@@ -87,6 +88,7 @@ def main() -> None:
     if args.rows < 1:
         raise UserError(f"rows {args.rows} must be at least 1")
     output_dir = Path(args.output_dir)
+    write_alone_until_exit(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"output_dir {output_dir} is not empty; choose another")
 
@@ -105,7 +107,7 @@ def main() -> None:
     collate = SupervisedCollator.for_tokenizer(tokenizer)
 
     def make_batches(part):
-        tokenized, report = tokenize_dataset(part, tokenizer, max_seq_length=args.max_seq_length)
+        tokenized, report = tokenize_dataset(part, tokenizer, max_seq_length=args.max_seq_length, max_dropped=0.5)
         logging.info("%s", report.summary())
         starts = range(0, len(tokenized), 8)
         made = [collate([tokenized[row] for row in range(s, min(s + 8, len(tokenized)))]) for s in starts]

@@ -38,6 +38,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of what --upcycle draws: gates, and what experts lack")
     parser.add_argument("--save_base", choices=("link", "copy"), default="link", help="link the base's weights or copy")
     parser.add_argument("--overwrite", action="store_true", help="build again where a checkpoint is already there")
+    parser.add_argument(
+        "--reuse", action="store_true", help="where a checkpoint of the same base is already there, leave it as it is"
+    )
     return parser.parse_args()
 
 
@@ -45,25 +48,43 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    import torch
-
-    from utils.evaluation.prompts import cut_prompts, read_text
-    from utils.model.base_models import resolve_base_model
-    from utils.model.checkpoint import INDEX_FILE, build_mod_checkpoint, load_tokenizer, make_settings, read_config
-    from utils.model.upcycling import mixtral_config, upcycle
+    from utils.io.locks import sole_writer
 
     if not args.folder_name or Path(args.folder_name).name != args.folder_name:
         raise UserError(f"folder_name {args.folder_name!r} must be a plain name, of a folder under {args.ckpt_root}")
+    if args.reuse and (args.overwrite or args.upcycle is not None or args.merge_lora is not None):
+        raise UserError("reuse excludes overwrite, upcycle and merge_lora, which write a checkpoint anew")
     output_dir = args.ckpt_root / args.folder_name
-    if args.merge_lora is not None:
-        merge(args, output_dir)
-        return
+    with sole_writer(output_dir, wait=True):
+        if args.merge_lora is not None:
+            merge(args, output_dir)
+        else:
+            build(args, output_dir)
+    print(output_dir)
+
+
+def build(args: Namespace, output_dir: Path) -> None:
+    """Write the checkpoint of a base, or find that it is there."""
+    import torch
+
+    from utils.data.chat_format import ends_of_turn
+    from utils.evaluation.prompts import cut_prompts, read_text
+    from utils.model.base_models import resolve_base_model
+    from utils.model.checkpoint import INDEX_FILE, build_mod_checkpoint, load_tokenizer, make_settings, read_config
+    from utils.model.tokenizer_match import end_generation_at, stop_tokens
+    from utils.model.upcycling import mixtral_config, upcycle
+
     variant = read_config(output_dir) if (output_dir / "config.json").is_file() else None
     base_model = args.base_model or (variant or {}).get("mod", {}).get("base_model")
     if base_model is None:
         known = ", ".join(sorted(path.parent.name for path in args.ckpt_root.glob("*/config.json")))
         raise UserError(f"folder_name {args.folder_name}: a new one needs --base_model (there are: {known or 'none'})")
-    if (output_dir / INDEX_FILE).exists() and not args.overwrite:
+    there = (output_dir / INDEX_FILE).exists()
+    if there and args.reuse:
+        if args.base_model is not None:
+            refuse_other_base(args.base_model, resolve_base_model(args.base_model), output_dir)
+        return
+    if there and not args.overwrite:
         raise UserError(f"{output_dir} holds a checkpoint already; use it, or build it again with --overwrite")
 
     base_dir = resolve_base_model(base_model)
@@ -90,10 +111,25 @@ def main() -> None:
         upcycle(base_dir, upcycled, args.upcycle, cut_prompts(torch.tensor(token_ids), 4, 256), args.seed)
         logging.info("%s: a mixture of %d experts, untrained, in %s", base_model, args.upcycle, upcycled)
         base_dir = upcycled
+    tokenizer = load_tokenizer(base_dir)
+    stops = stop_tokens(base_dir, tokenizer, ends_of_turn(tokenizer))
     how = build_mod_checkpoint(base_dir, output_dir, settings, copy_base=args.save_base == "copy")
     logging.info("%s: %s of layers %s", base_model, settings.granularity, list(settings.layers))
     logging.info("base weights: %s", how)
-    print(output_dir)
+    if end_generation_at(output_dir, stops):
+        logging.info("generation_config.json: generation ends at %s", tokenizer.convert_ids_to_tokens(stops))
+
+
+def refuse_other_base(base_model: str, base_dir: Path, output_dir: Path) -> None:
+    """Raise `UserError` where the checkpoint that is there is of another base, whatever the two are called."""
+    from utils.model.base_identity import difference_of_bases, identify_model
+
+    differs = difference_of_bases(identify_model(output_dir), identify_model(base_dir))
+    if differs:
+        raise UserError(
+            f"base_model {base_model}: {output_dir} is already built from another base ({differs} differs); choose "
+            "another folder_name"
+        )
 
 
 def merge(args: Namespace, output_dir: Path) -> None:
@@ -109,7 +145,6 @@ def merge(args: Namespace, output_dir: Path) -> None:
         raise UserError(f"{output_dir} is there already; choose another --folder_name, or --overwrite it")
     merge_adapter(args.merge_lora, output_dir)
     logging.info("%s: adapter merged into the weights", args.merge_lora)
-    print(output_dir)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ def main() -> None:
     import torch
 
     from utils.io.files import atomic_directory, write_json
+    from utils.io.locks import write_alone_until_exit
     from utils.model.checkpoint import (
         load_mod_model,
         load_tokenizer,
@@ -92,6 +93,7 @@ def main() -> None:
 
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    write_alone_until_exit(args.output_dir)
     check(args)
     settings = replace(make_settings(read_config(args.checkpoint)), target_capacity=args.capacity)
     if holds_adapter(args.checkpoint):

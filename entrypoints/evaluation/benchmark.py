@@ -27,7 +27,6 @@ import logging
 import platform
 import re
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +101,7 @@ def main() -> None:
     from utils.evaluation.benchmark import CheckFailedError, check_columns, measure_cell, table
     from utils.evaluation.columns import make_columns
     from utils.evaluation.prompts import cut_prompts, read_text
-    from utils.io.files import write_json
+    from utils.io.files import dated_name, write_json
     from utils.model.checkpoint import load_mod_model, load_tokenizer, make_settings, read_config
 
     if arguments.threads:
@@ -150,7 +149,7 @@ def main() -> None:
 
     output = arguments.output
     if output is None:
-        output = ROOT / f"outputs/benchmark/{arguments.checkpoint.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        output = ROOT / "outputs/benchmark" / dated_name(arguments.checkpoint.resolve().name, ".json")
     result = {
         "arguments": json.loads(json.dumps(vars(arguments), default=str)),
         "routing": settings.to_dict(),

@@ -19,7 +19,6 @@ import json
 import logging
 import platform
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +90,7 @@ def main() -> None:
 
     from utils.evaluation.harness import average, evaluate_columns, identify_base, identify_routing, render
     from utils.evaluation.lm_eval_model import MoDLM, load_model
-    from utils.io.files import write_json
+    from utils.io.files import dated_name, write_json
     from utils.model.checkpoint import load_tokenizer
     from utils.model.lora import holds_adapter
 
@@ -155,7 +154,7 @@ def main() -> None:
     print(render(table, rows))
     output = arguments.output
     if output is None:
-        output = arguments.output_dir / f"{checkpoint.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        output = arguments.output_dir / dated_name(checkpoint.resolve().name, ".json")
     write_json(
         output,
         {

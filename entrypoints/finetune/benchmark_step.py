@@ -22,7 +22,6 @@ import logging
 import platform
 import re
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +74,7 @@ def main() -> None:
     from utils.data.messages import load_messages
     from utils.data.tokenization import tokenize_dataset
     from utils.evaluation.timing import peak_memory
-    from utils.io.files import write_json
+    from utils.io.files import dated_name, write_json
     from utils.model.checkpoint import load_mod_model, load_tokenizer
     from utils.pipeline.batches import SupervisedBatches
     from utils.pipeline.customized_trainer import freeze_backbone
@@ -110,7 +109,7 @@ def main() -> None:
     output = arguments.output
     if output is None:
         name = arguments.checkpoint.resolve().name
-        output = ROOT / f"outputs/benchmark/step-{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        output = ROOT / "outputs/benchmark" / dated_name(f"step-{name}", ".json")
     result = {
         "arguments": json.loads(json.dumps(vars(arguments), default=str)),
         "routing": model.config.mod_settings.to_dict(),

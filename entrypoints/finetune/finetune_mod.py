@@ -19,12 +19,20 @@ def main() -> int | None:
     from transformers import set_seed
 
     from utils.data.splitting import set_aside
+    from utils.io.locks import write_alone_until_exit
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import load_tokenizer, make_settings, read_config
     from utils.model.lora import holds_adapter
+    from utils.model.tokenizer_match import check_positions
     from utils.pipeline.arguments import parse_arguments
     from utils.pipeline.processes import TERMINATED, check_joined, check_started, on_main_process
-    from utils.pipeline.run_directory import agree_on_run, checkpoint_to_resume, claim_output_directory
+    from utils.pipeline.run_directory import (
+        agree_on_rows,
+        agree_on_run,
+        check_output_directory,
+        checkpoint_to_resume,
+        claim_output_directory,
+    )
     from utils.pipeline.substitutes import check_enough
 
     check_started()
@@ -53,12 +61,18 @@ def main() -> int | None:
         )
     for name in training_args.without_effect():
         logging.warning("%s has no effect with capacity_control %s", name, training_args.capacity_control)
+    on_main_process(training_args, lambda: write_alone_until_exit(training_args.output_dir))
     run = agree_on_run(model_args, data_args, training_args, model_dir)
-    checkpoint = on_main_process(training_args, lambda: checkpoint_to_resume(training_args, run))
+    on_main_process(training_args, lambda: check_output_directory(training_args, run))
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_dir)
     train_set, eval_set, prompts = prepare_data(data_args, training_args, tokenizer)
+    for name, rows in (("train_file", train_set), ("held-out rows", eval_set)):
+        way_out = f"give --max_seq_length {config.get('max_position_embeddings')} (MAX_SEQ_LENGTH)"
+        check_positions(config, max(rows["length"]), f"the longest row of {name}", way_out)
+    agree_on_rows(training_args, run, (train_set, eval_set))
+    checkpoint = on_main_process(training_args, lambda: checkpoint_to_resume(training_args, run))
     train_set, calibration_set = set_aside(train_set, training_args.calibration_rows)
     if training_args.capacity_control == "regression":
         train_set = at_most(train_set, training_args.regression_rows)
@@ -162,6 +176,7 @@ def tokenize_rows(data_args, training_args, tokenizer):
                 chat_format=data_args.chat_format,
                 cache_dir=data_args.tokenized_cache_dir,
                 progress=training_args.process_index == 0,
+                max_dropped=data_args.max_dropped,
             )
         except UserError as error:
             raise UserError(f"{name} rows: {error}") from None

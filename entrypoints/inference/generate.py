@@ -42,6 +42,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--temperature {arguments.temperature} must not be negative")
     if not 0 < arguments.top_p <= 1:
         parser.error(f"--top_p {arguments.top_p} must be above 0 and at most 1")
+    if arguments.prompt == "":
+        parser.error("--prompt is empty: there is nothing to answer")
     if arguments.raw and (arguments.prompt is None or arguments.system is not None):
         parser.error("--raw continues a --prompt, and takes no --system")
     return arguments
@@ -54,8 +56,10 @@ def main() -> None:
     import torch
     import transformers
 
+    from utils.data.chat_format import encode_prompt, ends_of_turn
     from utils.evaluation.generation import describe, generate
-    from utils.model.checkpoint import load_mod_model, load_tokenizer
+    from utils.model.checkpoint import load_mod_model, load_tokenizer, read_config
+    from utils.model.tokenizer_match import check_positions, stop_tokens
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -68,7 +72,10 @@ def main() -> None:
     if not arguments.raw and not tokenizer.chat_template:
         raise UserError(f"{arguments.checkpoint}: its tokenizer has no chat template; give a --prompt with --raw")
 
-    options = {"max_new_tokens": arguments.max_new_tokens, "pad_token_id": tokenizer.eos_token_id, "do_sample": False}
+    stops = stop_tokens(arguments.checkpoint, tokenizer, ends_of_turn(tokenizer))
+    options = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": stops or None, "do_sample": False}
+    options["pad_token_id"] = next(iter(stops), 0)
+    config = read_config(arguments.checkpoint)
     if arguments.temperature > 0:
         options |= {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
     streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -76,6 +83,15 @@ def main() -> None:
     def answer(encoded) -> str:
         """Stream the answer to `encoded` and print what was observed; returns the routed model's text."""
         input_ids = encoded["input_ids"].to(device)
+        length = input_ids.shape[1]
+        if length == 0:
+            raise UserError(f"--prompt {arguments.prompt!r} has no tokens: there is nothing to continue")
+        check_positions(
+            config,
+            length + arguments.max_new_tokens,
+            f"a prompt of {length} tokens with --max_new_tokens {arguments.max_new_tokens}",
+            "shorten one of them",
+        )
         text = ""
         for route in (True, False) if arguments.compare_dense else (True,):
             if arguments.compare_dense:
@@ -96,9 +112,7 @@ def main() -> None:
         if not question:
             return
         messages.append({"role": "user", "content": question})
-        text = answer(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        )
+        text = answer(encode_prompt(tokenizer, messages))
         if arguments.prompt is not None:
             return
         messages.append({"role": "assistant", "content": text})

@@ -206,3 +206,23 @@ def test_a_disk_that_cannot_be_written_to_is_found_out_before_any_work(start, tm
         assert "Traceback" not in output
         assert "Read-only file system" in output
         assert "Tokenize" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_cannot_write_its_part_ends_all_of_them_with_the_message(start, tmp_path, rank):
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import os, resource, runpy, sys\n"
+        f"if os.environ['LOCAL_RANK'] == '{rank}':\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"  # of the optimizer's state there is more
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    arguments = ("--router_only", "false", "--learning_rate", "1e-3", "--save_steps", "2")
+    process = start(tmp_path / "out", *arguments, launcher=(*launcher("deepspeed_zero1"), script))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert any("checkpoint-2 could not be written: " in line and "File too large" in line for line in errors), output
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

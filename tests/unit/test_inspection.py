@@ -8,7 +8,10 @@ from dataclasses import replace
 import model_zoo
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedTokenizerFast
 
 from utils.evaluation.costs import layer_cost, savings
 from utils.evaluation.inspection import describe_checkpoint, inspect_checkpoint
@@ -97,12 +100,12 @@ def test_a_sliding_window_bounds_what_is_seen_and_stored():
 
 
 @pytest.fixture
-def checkpoint(tmp_path, smollm2_dir):
+def checkpoint(tmp_path):
     """A tiny checkpoint with the report of a training run."""
     base = model_zoo.make_base("llama")
     base.save_pretrained(tmp_path / "base")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "base" / name).write_bytes((smollm2_dir / name).read_bytes())
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "base")
     settings = make_settings(read_config(tmp_path / "base"), mod_n=2, granularity="block_sequence")
     build_mod_checkpoint(tmp_path / "base", tmp_path / "mod", replace(settings, target_capacity=0.75))
     routed = {"eval_loss": 2.0, "eval_capacity": 0.6, "eval_capacity/layer_3": 0.2, "eval_capacity/layer_4": 1.0}

@@ -156,6 +156,12 @@ def test_a_step_is_done_once_and_never_passes_for_another(tmp_path):
         assert run_plan(plan, tmp_path, {}, {}, said.append) == []
     assert (tmp_path / "run/made.txt").read_text() == "x"
     assert [text.split(": ")[1][:11] for text in said] == ["about 1 min", "done before"]
+    changed = python_step(tmp_path, code)
+    record = json.loads(changed.record.read_text())
+    assert record["code"] == changed.code
+    changed.record.write_text(json.dumps(record | {"code": "another"}))
+    with pytest.raises(UserError, match="was made by other code"):
+        run_plan(plan_of_steps(tmp_path, changed), tmp_path, {}, {}, said.append)
     with pytest.raises(UserError, match="was made by another command"):
         python_step(tmp_path, code + " # changed").is_done()
 

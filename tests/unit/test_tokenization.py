@@ -251,3 +251,18 @@ class TestCache:
         with pytest.raises(UserError):
             self.tokenize(tmp_path, conversations=[turns("Hello")])
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("lost", "said"), [(0, False), (1, True), (5, True), (6, "refused")])
+def test_losing_a_tenth_of_the_rows_is_in_sight_and_losing_more_than_half_is_refused(caplog, lost, said):
+    tokenizer = make_tokenizer("byte_level", TEMPLATES["mistral"])
+    bad = [{"role": "system", "content": "x"}, {"role": "system", "content": "y"}]
+    good = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    dataset = Dataset.from_dict({"messages": [bad + good] * lost + [good] * (10 - lost)})
+    if said == "refused":
+        with pytest.raises(UserError, match=r"6 of 10 rows can't be trained on \(6: .*--max_dropped 0\.6"):
+            tokenize_dataset(dataset, tokenizer, 64, max_dropped=0.5, progress=False)
+        tokenize_dataset(dataset, tokenizer, 64, max_dropped=0.6, progress=False)
+    else:
+        tokenize_dataset(dataset, tokenizer, 64, max_dropped=0.5, progress=False)
+    assert ("rows can't be trained on" in caplog.text) == bool(said)

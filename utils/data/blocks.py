@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from utils.data.formats import BadRow
 from utils.data.raw_files import CHUNK, RawStream, StreamFault
+from utils.data.shapes import BadRow
 
 MAX_ROW = 64 << 20  # bytes; the longest rows of the known sets are below 1 MiB
 

@@ -22,8 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from utils.io.errors import UserError, suggest
 
@@ -91,6 +90,34 @@ def make_chat_format(chat_format: str, tokenizer: PreTrainedTokenizerBase) -> "T
     """
     resolved = resolve_chat_format(chat_format, tokenizer)
     return TagsFormat(tokenizer) if resolved == "tags" else TemplateFormat(tokenizer)
+
+
+def ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token by which the chat template ends an assistant's turn; none where it has no single one."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        mark = TemplateFormat(tokenizer).end_mark
+    except UserError:  # nothing can be trained on it
+        return []
+    return [tokenizer.convert_tokens_to_ids(mark)] if mark in tokenizer.get_vocab() else []
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> BatchEncoding:
+    """Return a conversation that the assistant is to continue as `input_ids`, int64 [1, tokens].
+
+    Raises:
+        UserError: the chat template refuses it, as some do a system message.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    except Exception as error:  # a template is a program: there is nothing that it can't raise
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses messages of {roles}: {_reason(error)}"
+        ) from None
 
 
 class TagsFormat:
@@ -167,6 +194,7 @@ class TemplateFormat:
                 "use 'tags'"
             ) from error
         fixed = "".join(turn.before for turn in turns) + tail
+        self.end_mark = tail[: turns[-1].end_mark].strip()
         self._control_tokens = _control_token_pattern(tokenizer, self.template + fixed)
 
     def render(self, messages: Sequence[Message]) -> RenderedChat:
@@ -244,9 +272,13 @@ class TemplateFormat:
             return self.tokenizer.apply_chat_template(
                 list(messages), chat_template=self.template, tokenize=False, **options
             )
-        except TemplateError as error:
-            reason = " ".join(str(error).split())[:120]
+        except Exception as error:  # a template is a program: there is nothing that it can't raise
+            reason = _reason(error)
             raise RefusedConversationError(f"refused by the chat template: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _control_token_pattern(tokenizer: PreTrainedTokenizerBase, fixed_text: str) -> re.Pattern[str]:

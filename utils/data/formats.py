@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from utils.data.shapes import FIRST_KEYS, BadRow, Message, conversation_of, kind, with_input
 from utils.io.errors import suggest
-
-Message = dict[str, str]
 
 
 class Dropped(Exception):
@@ -20,20 +19,6 @@ class Dropped(Exception):
     def __init__(self, reason: str):
         super().__init__(reason)
         self.reason = reason
-
-
-class BadRow(Exception):
-    """A row that is not what its format promises.
-
-    Args:
-        reason: the name under which the report counts it.
-        detail: what is wrong, for a person.
-        byte: where in the row's own bytes, if that is known.
-    """
-
-    def __init__(self, reason: str, detail: str, byte: int = 0):
-        super().__init__(detail)
-        self.reason, self.detail, self.byte = reason, detail, byte
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class Source:
 
 
 _USER = {"human": "user", "user": "user"}
-_ASSISTANT = {"gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
+_ASSISTANT = dict.fromkeys(("gpt", "chatgpt", "bard", "assistant"), "assistant")
 _SYSTEM = {"system": "system"}
 
 
@@ -71,7 +56,7 @@ def _conversation(roles: Mapping[str, str], left_out: tuple[str, ...] = ()) -> C
     def convert(row: Any) -> list[Message]:
         turns = _field(row, "conversations")
         if type(turns) is not list:
-            raise BadRow("not_a_list", f"'conversations' is {_kind(turns)}, not a list")
+            raise BadRow("not_a_list", f"'conversations' is {kind(turns)}, not a list")
         messages = []
         for number, turn in enumerate(turns):
             try:
@@ -83,7 +68,7 @@ def _conversation(roles: Mapping[str, str], left_out: tuple[str, ...] = ()) -> C
             except (KeyError, TypeError):
                 raise _bad_turn(turn, number) from None
             if type(content) is not str:
-                raise BadRow("not_a_string", f"'value' of turn {number} is {_kind(content)}, not a string")
+                raise BadRow("not_a_string", f"'value' of turn {number} is {kind(content)}, not a string")
             messages.append({"role": role, "content": content})
         if not messages:
             raise Dropped("no_turns")
@@ -102,11 +87,11 @@ def _unknown(sender: str, number: int, roles: Mapping[str, str], left_out: tuple
 
 def _bad_turn(turn: Any, number: int) -> BadRow:
     if type(turn) is not dict:
-        return BadRow("not_an_object", f"turn {number} is {_kind(turn)}, not an object")
+        return BadRow("not_an_object", f"turn {number} is {kind(turn)}, not an object")
     missing = [key for key in ("from", "value") if key not in turn]
     if missing:
         return BadRow("missing_field", f"turn {number} has no {missing[0]!r}")
-    return BadRow("unknown_sender", f"'from' of turn {number} is {_kind(turn['from'])}, not a string")
+    return BadRow("unknown_sender", f"'from' of turn {number} is {kind(turn['from'])}, not a string")
 
 
 def _question(prompt: str, answer: str) -> Callable[[Any], list[Message]]:
@@ -122,15 +107,13 @@ def _question(prompt: str, answer: str) -> Callable[[Any], list[Message]]:
 
 
 def _alpaca(row: Any) -> list[Message]:
-    instruction, extra = _text(row, "instruction"), _text(row, "input")
-    if extra:
-        instruction = f"{instruction}\nInput: {extra}\n"
-    return [{"role": "user", "content": instruction}, {"role": "assistant", "content": _text(row, "output")}]
+    question = with_input(_text(row, "instruction"), _text(row, "input"))
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
 
 
 def _field(row: Any, key: str) -> Any:
     if type(row) is not dict:
-        raise BadRow("not_an_object", f"the row is {_kind(row)}, not an object")
+        raise BadRow("not_an_object", f"the row is {kind(row)}, not an object")
     if key not in row:
         raise BadRow("missing_field", f"no field {key!r} (there are: {', '.join(map(repr, list(row)[:8])) or 'none'})")
     return row[key]
@@ -139,13 +122,15 @@ def _field(row: Any, key: str) -> Any:
 def _text(row: Any, key: str) -> str:
     value = _field(row, key)
     if type(value) is not str:
-        raise BadRow("not_a_string", f"{key!r} is {_kind(value)}, not a string")
+        raise BadRow("not_a_string", f"{key!r} is {kind(value)}, not a string")
     return value
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+def _any_shape(row: Any) -> list[Message]:
+    messages = conversation_of(row)
+    if not messages:
+        raise Dropped("no_turns")
+    return messages
 
 
 SOURCES: dict[str, Source] = {
@@ -193,5 +178,6 @@ SOURCES: dict[str, Source] = {
             fields=("instruction", "input", "output", "text"),
             convert=_alpaca,
         ),
+        Source(name="generic", dataset="generic", file="data.jsonl", fields=FIRST_KEYS, convert=_any_shape),
     )
 }

@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from utils.data.blocks import MAX_ROW, Block, Fault, Window, parse
-from utils.data.formats import BadRow
 from utils.data.raw_files import CHUNK
+from utils.data.shapes import BadRow
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'

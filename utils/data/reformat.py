@@ -12,8 +12,9 @@ from pathlib import Path
 import orjson
 
 from utils.data.blocks import Fault
-from utils.data.formats import SOURCES, BadRow, Dropped
+from utils.data.formats import SOURCES, Dropped
 from utils.data.readers import read_rows
+from utils.data.shapes import BadRow
 from utils.io.errors import UserError
 from utils.io.files import atomic_file
 

@@ -65,10 +65,18 @@ def split_for_training(
 
     Returns:
         The rows to train on, the held-out rows (None where none are taken from here), and the rows left over.
+
+    Raises:
+        UserError: nothing can be held out without its duplicates being trained on.
     """
     held_out = None
     if max_eval_samples is not None:
         rows, held_out = split_held_out(rows, num_rows=min(max_eval_samples, max(1, len(rows) // 8)), seed=0)
+        if not held_out:
+            raise UserError(
+                f"none of {len(rows)} rows can be held out, as so many have the same messages: give other rows to "
+                "evaluate on (eval_file), or more different ones"
+            )
     rows = rows.shuffle(seed=seed)
     count = min(max_train_samples or len(rows), len(rows))
     left_over = range(count, len(rows)) if count < len(rows) else []

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 from bisect import bisect_left
@@ -78,6 +79,21 @@ class TokenizationReport:
             f"{self.rows_kept} of {self.rows_read} rows, {self.tokens} tokens ({self.supervised_tokens} supervised), "
             f"{self.truncated} rows truncated, chat format {self.chat_format!r}{dropped}"
         )
+
+    def check(self, max_dropped: float) -> None:
+        """Warn where a tenth of the rows was dropped; raises `UserError` where it is more than `max_dropped`."""
+        lost = self.rows_read - self.rows_kept
+        share = lost / max(1, self.rows_read)
+        if share < 0.1:
+            return
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in sorted(self.dropped.items()))
+        message = f"{lost} of {self.rows_read} rows can't be trained on ({reasons})"
+        if share > max_dropped:
+            raise UserError(
+                f"{message}; take --chat_format tags, another template or a larger --max_seq_length, or go on without "
+                f"them with --max_dropped {math.ceil(100 * share) / 100:g}"
+            )
+        logger.warning("%s", message)
 
 
 @dataclass
@@ -218,6 +234,7 @@ def tokenize_dataset(
     cache_dir: str | Path | None = None,
     num_proc: int = 1,
     progress: bool = True,
+    max_dropped: float = 1.0,
 ) -> tuple[Dataset, TokenizationReport]:
     """Tokenize a dataset of conversations.
 
@@ -232,12 +249,13 @@ def tokenize_dataset(
         cache_dir: folder to keep the result in and take it from the next time; None keeps it in memory only.
         num_proc: number of processes.
         progress: show a progress bar.
+        max_dropped: share of the rows that may be dropped; at a tenth it is warned of.
 
     Returns:
         Columns `input_ids`, `labels` (lists of int32; -100 where not supervised) and `length`, and the report.
 
     Raises:
-        UserError: a bad argument, or a tokenizer that cannot serve the format, or no row is left.
+        UserError: a bad argument, or a tokenizer that cannot serve the format, or too many rows are dropped.
     """
     if "messages" not in dataset.column_names:
         raise UserError(f"expected a column 'messages'; there are {', '.join(map(repr, dataset.column_names))}")
@@ -248,16 +266,19 @@ def tokenize_dataset(
         with tempfile.TemporaryDirectory(prefix="tokenized-") as folder:
             path = Path(folder) / "rows.arrow"
             report = _write_rows(dataset, encoder, path, num_proc, progress)
+            report.check(max_dropped)
             return Dataset.from_file(str(path), in_memory=True), report
 
     path = Path(cache_dir) / f"tokenized-{_cache_key(dataset, encoder)}.arrow"
     cached = _read_cache(path)
     if cached is not None:
         logger.info("Tokenized rows from the cache %s", path)
+        cached[1].check(max_dropped)
         return cached
     report = _write_rows(dataset, encoder, path, num_proc, progress)
     # The report is written last and carries the hash of the rows: a cache without it, or with another, is not used.
     write_json(path.with_suffix(".json"), {"sha256": _file_hash(path), "report": asdict(report)})
+    report.check(max_dropped)
     return Dataset.from_file(str(path)), report
 
 

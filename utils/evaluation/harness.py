@@ -19,7 +19,8 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from utils.io.files import write_json
-from utils.model.checkpoint import ROUTERS_FILE, is_mod, read_config, weight_map
+from utils.model.base_identity import digest, identify_model
+from utils.model.checkpoint import is_mod, read_config
 from utils.model.lora import ADAPTER_FILES, holds_adapter
 
 from .lm_eval_model import MoDLM
@@ -32,31 +33,24 @@ SEED = 1234
 
 
 def identify_base(directory: str | Path) -> dict[str, Any]:
-    """Return what makes a dense base: its config and SHA-256 of its weights, its adapter and its tokenizer.
+    """Return what makes a dense base: its config, weights, adapter and tokenizer, as hashes.
 
-    The same for a base and for every checkpoint that links or copies its weights and has no adapter of its own.
+    The same for a base and for every checkpoint that has its weights, in whatever files, and no adapter of its own.
     """
     directory = Path(directory)
-    config = {name: value for name, value in read_config(directory).items() if name not in ("auto_map", "mod")}
-    config["model_type"] = config["model_type"].removeprefix("mod_")
-    files = sorted(set(weight_map(directory).values()) - {ROUTERS_FILE})
-    files += ADAPTER_FILES if holds_adapter(directory) else ()
-    tokenizer = [name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).is_file()]
-    return {
-        "config": _hash(config),
-        "weights": sorted(_file_hash(directory / name) for name in files),
-        "tokenizer": [_file_hash(directory / name) for name in tokenizer],
-    }
+    identity, config = identify_model(directory), read_config(directory)
+    identity["config"] |= {"dtype": config.get("dtype") or config.get("torch_dtype")}  # it is evaluated in that
+    base = {part: digest(identity[part]) for part in ("config", "weights", "tokenizer")}
+    adapter = ADAPTER_FILES if holds_adapter(directory) else ()
+    return base | {"adapter": [_file_hash(directory / name) for name in adapter]}
 
 
 def identify_routing(directory: str | Path, pool: str) -> dict[str, Any] | None:
     """Return what makes a checkpoint's routing: the object `mod` and its routers; None for a dense base."""
     directory = Path(directory)
-    config = read_config(directory)
-    if not is_mod(config):
+    if not is_mod(read_config(directory)):
         return None
-    settings = {name: value for name, value in config["mod"].items() if name != "base_model"}
-    return {"mod": settings, "routers": _file_hash(directory / ROUTERS_FILE), "pool": pool}
+    return {"routing": digest(identify_model(directory)["routing"]), "pool": pool}
 
 
 def identify_task(column: Column, prepared: Prepared, data_dir: Path | None, limit: int | None) -> dict[str, Any]:

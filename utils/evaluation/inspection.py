@@ -1,14 +1,15 @@
 """What a checkpoint is, without running it: from its `config.json`, the headers of its files and its run's report."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from utils.io.errors import UserError
-from utils.model.checkpoint import INDEX_FILE, ROUTERS_FILE, is_mod, make_settings, read_config, weight_map
+from utils.model.checkpoint import INDEX_FILE, ROUTER_NAME, check_config, is_mod, make_settings, read_config, weight_map
 
 from .costs import BYTES, number_of_experts, savings
 from .use import FIGURES, text_of
@@ -40,6 +41,7 @@ def inspect_checkpoint(
             "with `python entrypoints/checkpoint/build_mod_checkpoint.py`"
         )
     settings = make_settings(config)
+    check_config(config, settings)
     measured = _measured(directory, settings.layers)
     given, source = capacity, "as given"
     if given is None and measured is None:
@@ -141,26 +143,27 @@ def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None
 
 
 def _routers(directory: Path, config: dict[str, Any], settings: Any) -> dict[str, Any]:
-    built = (directory / INDEX_FILE).is_file()
+    built = any((directory / name).is_file() for name in (INDEX_FILE, "model.safetensors"))
     share = None
     if built:
-        routers = _elements(directory / ROUTERS_FILE)
-        share = routers / sum(_elements(directory / name) for name in set(weight_map(directory).values()))
+        sizes: dict[str, int] = {}
+        for name in set(weight_map(directory).values()):
+            sizes |= _elements(directory / name)
+        routers = sum(size for name, size in sizes.items() if ROUTER_NAME.match(name))
+        share = routers / sum(sizes.values())
     else:
         rows = number_of_experts(config) if settings.target == "expert" else 1
         routers = rows * config["hidden_size"] * len(settings.layers)
     return {"parameters": routers, "bytes": 4 * routers, "share": share, "built": built}
 
 
-def _elements(path: Path) -> int:
-    total = 0
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            count = 1
-            for size in file.get_slice(name).get_shape():
-                count *= size
-            total += count
-    return total
+def _elements(path: Path) -> dict[str, int]:
+    """Return tensor name -> number of elements, for all tensors of a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
 
 
 def _mean(threshold: float | Sequence[float]) -> float:

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from utils.io.code import digest_of_code
 from utils.io.errors import UserError, suggest
 from utils.io.files import write_json
 from utils.model.checkpoint import INDEX_FILE
@@ -35,6 +36,17 @@ WHAT_IS_TRAINED = frozenset(
     )
 )
 """Fields of `scripts/finetune_mod.sh` that a step's own description sets or leaves at their defaults."""
+
+TRAINING = ("utils/data", "utils/model", "utils/pipeline")
+CODE = {
+    "data": ("utils/data", "entrypoints/data"),
+    "build": ("utils/model", "entrypoints/checkpoint/build_mod_checkpoint.py"),
+    "train": (*TRAINING, "entrypoints/finetune/finetune_mod.py"),
+    "baseline": (*TRAINING, "entrypoints/checkpoint/build_baseline.py"),
+    "evaluate": ("utils/model", "utils/evaluation", "entrypoints/evaluation/evaluate.py"),
+    "benchmark": ("utils/model", "utils/evaluation", "entrypoints/evaluation/benchmark.py"),
+}
+"""Kind of a step -> the code that its result follows from. A record without it is of before code was recorded."""
 
 SAMPLE = Path("data/sample")
 """Rows of Alpaca that are in the repository; they are trained on where there is no other data."""
@@ -69,20 +81,30 @@ class Step:
         """Where it is written down by which command the step was done, and in what time."""
         return self.makes.with_name(f".{self.kind}-{self.makes.name}.step.json")
 
+    @property
+    def code(self) -> str:
+        """What code makes it, as a hash; comments don't count."""
+        return digest_of_code(*CODE[self.kind])
+
     def is_done(self) -> bool:
         """Tell whether the step's file is there.
 
         Raises:
-            UserError: another command made it.
+            UserError: another command made it, or other code.
         """
         if not self.makes.exists():
             return False
         if self.record.is_file():
-            before = json.loads(self.record.read_text(encoding="utf-8"))["command"]
-            if before != self.text:
+            before = json.loads(self.record.read_text(encoding="utf-8"))
+            if before["command"] != self.text:
                 raise UserError(
-                    f"{self.makes} was made by another command, {before!r} and not {self.text!r}: remove it, or choose "
-                    "another --output_dir"
+                    f"{self.makes} was made by another command, {before['command']!r} and not {self.text!r}: remove "
+                    "it, or choose another --output_dir"
+                )
+            if before.get("code") not in (None, self.code):
+                raise UserError(
+                    f"{self.makes} was made by other code (of {', '.join(CODE[self.kind])}): remove it, choose another "
+                    "--output_dir, or go on with that code"
                 )
         return True
 
@@ -294,7 +316,7 @@ def run_step(step: Step, root: Path, environment: dict[str, str]) -> None:
         UserError: it failed; its own message stands above.
     """
     step.makes.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    start, code = time.perf_counter(), step.code
     passed_on = {name: value for name, value in environment.items() if name not in WHAT_IS_TRAINED}
     result = subprocess.run(step.command, cwd=root, env={**passed_on, **step.environment}, check=False)
     if result.returncode == 130:
@@ -303,7 +325,7 @@ def run_step(step: Step, root: Path, environment: dict[str, str]) -> None:
         raise UserError(
             f"failed with exit code {result.returncode}; given again, this command goes on from there: {step.text}"
         )
-    write_json(step.record, {"command": step.text, "seconds": time.perf_counter() - start})
+    write_json(step.record, {"command": step.text, "code": code, "seconds": time.perf_counter() - start})
 
 
 def _run_of(

@@ -4,6 +4,7 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -71,6 +72,11 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically."""
     with atomic_file(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def dated_name(name: str, ending: str) -> str:
+    """Return `NAME-DATE-TIME-RANDOM` and the ending: another one each time, for files that nobody named."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}{ending}"
 
 
 def link_or_copy(source: str | Path, target: str | Path, copy: bool = False) -> str:

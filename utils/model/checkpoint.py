@@ -38,7 +38,9 @@ from .modeling_moe_mod import (
     MoDOlmoeForCausalLM,
     MoDQwen2MoeForCausalLM,
 )
+from .quantized import refuse_quantized
 from .substitute_mod import MoDSubstitute
+from .tokenizer_match import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,9 @@ INDEX_FILE = "model.safetensors.index.json"
 ROUTER_NAME = re.compile(r"^model\.layers\.(\d+)\.router\.weight$")
 ADDED_NAME = re.compile(r"^model\.layers\.\d+\.(router\.weight|substitute\.\w+)$")
 """What a checkpoint has beside its base's weights."""
+WHOLE_DTYPES = ("F32", "F16", "BF16", "F64")
+UNITS_FIELD = "mod_units"
+"""Field of `config.json` that keeps the units of the routers where `save_pretrained` writes them without a file."""
 IGNORED_NAME = re.compile(r"rotary_emb\.inv_freq$")  # a buffer that old base checkpoints hold and transformers drops
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"),
@@ -88,8 +93,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a JSON object")
     model_class_for(config)
     for name in ("num_hidden_layers", "hidden_size"):
-        if type(config.get(name)) is not int:
-            raise UserError(f"{path}: {name} is {config.get(name)!r}, not a number")
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise UserError(f"{path}: {name} is {config.get(name)!r}, not a whole number above 0")
     return config
 
 
@@ -189,8 +194,10 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
         UserError: a weight is missing, unknown or of another shape; the message names it.
     """
     directory = Path(directory)
+    places = weight_map(directory)
+    refuse_quantized(directory, config, places)
     model = _meta_model(config, make_settings(config))
-    found = {n: f for n, f in weight_map(directory).items() if not ADDED_NAME.match(n) and not IGNORED_NAME.search(n)}
+    found = {n: f for n, f in places.items() if not ADDED_NAME.match(n) and not IGNORED_NAME.search(n)}
     weights = _named_as_in(found, model, model.state_dict())
     expected = {name: tuple(t.shape) for name, t in weights.items() if not ADDED_NAME.match(name)}
     tied = set(model.all_tied_weights_keys)
@@ -205,6 +212,9 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
                 if tuple(file.get_slice(name).get_shape()) != expected[name]:
                     shape = list(file.get_slice(name).get_shape())
                     raise UserError(f"{directory}: {name} has shape {shape}, expected {list(expected[name])}")
+                if file.get_slice(name).get_dtype() not in WHOLE_DTYPES:
+                    dtype = file.get_slice(name).get_dtype()
+                    raise UserError(f"{directory}: {name} is {dtype}, quantized; name the base that it was made from")
     return found
 
 
@@ -235,14 +245,8 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
     Raises:
         UserError: there is no such file, or it is for other layers, another granularity or another hidden size.
     """
-    path = Path(path)
-    file_path = path / ROUTERS_FILE if path.is_dir() else path
-    if not file_path.is_file():
-        raise UserError(f"{path}: no {ROUTERS_FILE} there to start from")
-    settings = model.config.mod_settings
-    with _open_safetensors(file_path) as file:
-        metadata = file.metadata() or {}
-        routers = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    settings, file_path = model.config.mod_settings, path
+    routers, metadata = read_routers(path)
     granularity = metadata.get("granularity", settings.granularity)
     if granularity != settings.granularity:
         raise UserError(f"{file_path}: routers for {granularity}, but this run routes {settings.granularity}")
@@ -323,13 +327,38 @@ def load_substitutes(model: torch.nn.Module, path: str | Path) -> None:
             parameter.copy_(saved[name])
 
 
+def read_routers(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the routers of a router file or of a MoD checkpoint, and what `save_routers` says of them beside them.
+
+    A checkpoint that `save_pretrained` has written has its routers among the other weights, and says in its
+    `config.json` what they are for.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(path)
+    file_path = path / ROUTERS_FILE if path.is_dir() else path
+    if file_path.is_file():
+        with _open_safetensors(file_path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    if not (path / "config.json").is_file() or not is_mod(config := read_config(path)):
+        raise UserError(f"{path}: no {ROUTERS_FILE} there to start from")
+    routers = {}
+    for name, place in weight_map(path).items():
+        if ROUTER_NAME.match(name):
+            with _open_safetensors(path / place) as file:
+                routers[name] = file.get_tensor(name)
+    fields = make_settings(config).to_dict()
+    metadata = {"granularity": fields["granularity"]}
+    metadata |= {name: json.dumps(fields[name]) for name in ("layers", "threshold")}
+    if UNITS_FIELD in config:
+        metadata["units"] = json.dumps(config[UNITS_FIELD])
+    return routers, metadata
+
+
 def read_units(directory: str | Path) -> dict[int, float] | None:
     """Return the units that a checkpoint's routers compare in, as `save_routers` takes them; None if it has none."""
-    path = Path(directory) / ROUTERS_FILE
-    if not path.is_file():
-        return None
-    with _open_safetensors(path) as file:
-        metadata = file.metadata() or {}
+    metadata = read_routers(directory)[1]
     if "units" not in metadata:
         return None
     return dict(zip(json.loads(metadata["layers"]), json.loads(metadata["units"]), strict=True))
@@ -440,7 +469,12 @@ def write_checkpoint(
         _name_tokenizer_class(source_dir, staged)
         for path in sorted(Path(__file__).parent.glob("*_mod.py")):
             shutil.copyfile(path, staged / path.name)
-        write_json(staged / "config.json", mod_config(source_config, settings))
+        config = mod_config(source_config, settings) | {UNITS_FIELD: None}
+        if units is not None:
+            config[UNITS_FIELD] = [units[layer] for layer in settings.layers]
+        if config[UNITS_FIELD] is None:
+            del config[UNITS_FIELD]
+        write_json(staged / "config.json", config)
         mapping |= dict.fromkeys(routers, ROUTERS_FILE)
         if substitutes:
             save_substitutes(staged / SUBSTITUTES_FILE, substitutes, settings)
@@ -525,14 +559,17 @@ def load_tokenizer(directory: str | Path):
     """Load the tokenizer of a MoD or dense checkpoint: the base's, by the rules for the base's architecture.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it has tokens that the model has no embedding for.
     """
+    config = read_config(directory)
     # transformers chooses the tokenizer's class by the config; the checkpoint's own would ask to run remote code
-    base_config = AutoConfig.for_model(str(read_config(directory)["model_type"]).removeprefix("mod_"))
+    base_config = AutoConfig.for_model(str(config["model_type"]).removeprefix("mod_"))
     try:
-        return AutoTokenizer.from_pretrained(directory, config=base_config)
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=base_config)
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer could be loaded: {error}") from None
+        raise UserError(f"{directory}: no tokenizer could be loaded: {' '.join(str(error).split())}") from None
+    check_vocabulary(directory, config, tokenizer)
+    return tokenizer
 
 
 def _refuse_other_routing(directory: Path, trained: MoDSettings, settings: MoDSettings) -> None:
@@ -555,10 +592,19 @@ def _refuse_other_routing(directory: Path, trained: MoDSettings, settings: MoDSe
 def _config_object(config: dict[str, Any], settings: MoDSettings):
     drop = ("model_type", "auto_map", "mod")
     values = {name: value for name, value in config.items() if name not in drop}
+    for name in ("dtype", "torch_dtype"):
+        known = getattr(torch, str(config.get(name)).removeprefix("torch."), None)
+        if config.get(name) is not None and not isinstance(known, torch.dtype):
+            raise UserError(f"config.json: {name} is {config[name]!r}; allowed are float32, bfloat16, float16, float64")
     try:
         return model_class_for(config).config_class(**values, mod=settings.to_dict())
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"config.json: {' '.join(str(error).split())}") from None
+    except Exception as error:  # it is a user's file, and each check of transformers has an error of its own
+        raise UserError(f"config.json: {_reason(error)}") from None
+
+
+def check_config(config: dict[str, Any], settings: MoDSettings) -> None:
+    """Raise `UserError` where a `config.json` has a value that its architecture can't have, alone or so routed."""
+    _config_object(config, settings)
 
 
 def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Module:
@@ -566,8 +612,13 @@ def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Modul
     try:
         with torch.device("meta"):
             return model_class_for(config)(config_object)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"config.json: no model can be made of it: {' '.join(str(error).split())}") from None
+    except Exception as error:  # as above
+        raise UserError(f"config.json: no model can be made of it: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{text} is not known to transformers" if isinstance(error, KeyError) else text or type(error).__name__
 
 
 def _named_as_in(

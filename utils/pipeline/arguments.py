@@ -107,6 +107,13 @@ class DataArguments:
     chat_format: str = field(
         default="auto", metadata={"help": "How messages become text: auto, template (the tokenizer's own) or tags."}
     )
+    max_dropped: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the rows that may be left out because the chat template refuses them, or cutting leaves "
+            "nothing to learn; a tenth is warned of."
+        },
+    )
     tokenized_cache_dir: str | None = field(
         default=None, metadata={"help": "Keep tokenized rows here for the next run. Default: they are not kept."}
     )
@@ -116,6 +123,8 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} must be at least 1")
+        if not 0.0 <= self.max_dropped <= 1.0:
+            raise UserError(f"max_dropped {self.max_dropped} must lie between 0 and 1")
 
 
 @dataclass

@@ -18,12 +18,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
-from utils.io.errors import UserError
+from utils.io.errors import UserError, name_failure
+from utils.io.launched import ENGINE_VARIABLE, PROCESSES_VARIABLE
 
 T = TypeVar("T")
-PROCESSES_VARIABLE = "ROUTER_TUNING_PROCESSES"
-ENGINE_VARIABLE = "ROUTER_TUNING_ENGINE"
-"""Number of processes and distributed type that the launcher was asked for."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM: a checkpoint was saved, and the same command goes on from it."""
 
@@ -148,7 +146,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
     except UserError as error:
         return None, str(error)
     except OSError as error:
-        return None, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        return None, name_failure(error)
 
 
 def from_every_process(args: TrainingArguments, value: T) -> list[T]:

@@ -189,6 +189,7 @@ class TrainingCheckpoints:
         output_dir = Path(self._get_output_dir(trial))
         final = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         in_one_piece, problem = self._in_one_piece, None
+        agree = in_one_piece  # else the engine's own calls are in between, in which the others would wait for this one
         try:
             self._gathered = self._gather() if in_one_piece else None
             self._staging = output_dir / UNFINISHED
@@ -199,12 +200,15 @@ class TrainingCheckpoints:
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                agree = True
             elif self.args.should_save:
                 super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 self._put_in_place(self._staging / final.name, final)
         except (OSError, RuntimeError) as error:
             problem = _writing_problem(error)
+            if not agree:  # this process ends at once, and the launcher or the broken connection ends the others
+                self._end_with(final, [problem])
         finally:
             if self.args.should_save:
                 shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
@@ -328,6 +332,8 @@ def _writing_problem(error: OSError | RuntimeError) -> str:
         return error.strerror or str(error)
     if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch's way to say so
         return "is the disk full?"
+    if "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
+        return "another process of the run has ended, and said why"
     raise error
 
 
