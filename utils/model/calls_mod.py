@@ -10,9 +10,13 @@ import inspect
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from .configuration_mod import MoDSettings
 from .routing_mod import Decision
+
+OURS = ("route", "execution", "gate_rule")
+"""Keywords of the routed `forward` that `generate` hands through."""
 
 ONE_SEQUENCE = "a decision for each sequence needs rows of one sequence each: "
 
@@ -61,7 +65,7 @@ def check_forward(
     shape = tuple(inputs.shape[:2])
     if token_mask is not None and tuple(token_mask.shape) != shape:
         raise ValueError(f"token_mask has the shape {list(token_mask.shape)}, but the input {list(shape)}")
-    begins = past_key_values is None or past_key_values.get_seq_length() == 0
+    begins = not isinstance(past_key_values, Cache) or past_key_values.get_seq_length() == 0
     if position_ids is None or attention_mask is not None or shape[1] == 1 or not begins:
         return
     # under torch.compile the values aren't there to be looked at
@@ -95,7 +99,9 @@ class MoDGenerationMixin:
             return next((value for value in values if value is not None), None)
 
         def refuse(name: str, reason: str) -> None:
-            raise ValueError(f"generate({name}={options.get(name, option(name))!r}) with routing: {reason}")
+            value = options.get(name, option(name))
+            shown = repr(value) if isinstance(value, str | int | float) else type(value).__name__
+            raise ValueError(f"generate({name}={shown}) with routing: {reason}")
 
         if isinstance(option("custom_generate"), str) or option("trust_remote_code"):
             name = "custom_generate" if option("custom_generate") else "trust_remote_code"
@@ -141,9 +147,20 @@ class MoDGenerationMixin:
             )
         return super().init_continuous_batching(*args, **kwargs)
 
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict[str, Any]:
         """Return `forward`'s keywords for one step of `generate`."""
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"drafted": True}
+        # transformers takes embeddings where they are in this signature
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        return inputs | {"drafted": True}
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], assistant_model=None, **kwargs):
+        """Hand a model that drafts what it knows of, and nothing else: it may be a dense one."""
+        if assistant_model is not None:
+            known = set(inspect.signature(assistant_model.forward).parameters)
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OURS or name in known}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict[str, Any], *args, **kwargs):
         """Carry the decisions of sequences to the next step, where no cache does."""
