@@ -318,13 +318,6 @@ def test_another_cache_is_refused_with_the_way_out(granularity, make_cache):
         model(random_tokens(1, 4), past_key_values=cache)
 
 
-@every_granularity
-def test_a_static_cache_of_generate_is_refused_with_the_way_out(granularity):
-    _, model = make_pair("llama", granularity)
-    with pytest.raises(ValueError, match=r"can't use a StaticCache: .* leave cache_implementation out"):
-        model.generate(random_tokens(1, 4), max_new_tokens=2, cache_implementation="static")
-
-
 @every_sequence_granularity
 def test_a_cache_that_was_filled_without_routing_is_refused(granularity):
     _, model = make_pair("llama", granularity)

@@ -29,6 +29,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils import can_return_tuple, is_peft_available
 
 from .cache_mod import MoDCache, NoCache, adapt_cache, check_cache, refuse_decisions
+from .calls_mod import MoDGenerationMixin, check_forward
 from .configuration_mod import (
     EXECUTIONS,
     MoDLlamaConfig,
@@ -208,6 +209,7 @@ class MoDPreTrainedMixin:
         check_choice("execution", execution, EXECUTIONS)
         if execution == "sparse" and kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("sparse execution computes no attention map for what it skips: pass execution='dense'")
+        check_forward(self.mod_settings, inputs, attention_mask, token_mask=token_mask, **kwargs)
         if self.mod_settings.level == "token":
             return Routing(token_mask=None, sparse=execution == "sparse")
 
@@ -273,7 +275,8 @@ class MoDModelMixin(MoDPreTrainedMixin):
         """Return the last hidden states, [batch, tokens, hidden_size]; `routing` is made here if it isn't given."""
         inputs = input_ids if input_ids is not None else inputs_embeds
         if routing is None:
-            routing = self.make_routing(inputs, attention_mask, execution=None, **kwargs)
+            of_call = {"position_ids": position_ids, "past_key_values": past_key_values, **kwargs}
+            routing = self.make_routing(inputs, attention_mask, execution=None, **of_call)
         past_key_values, use_cache = self.make_cache(inputs, past_key_values, use_cache, routing)
         plain = attention_mask is None and position_ids is None and past_key_values is None and not use_cache
         if plain and not self.is_activation_checkpointing:
@@ -293,7 +296,7 @@ class MoDModelMixin(MoDPreTrainedMixin):
         return output
 
 
-class MoDForCausalLMMixin(MoDPreTrainedMixin):
+class MoDForCausalLMMixin(MoDGenerationMixin, MoDPreTrainedMixin):
     """Over the causal language model: carries the routing through the forward and returns what was decided."""
 
     model_class: type
@@ -349,13 +352,16 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
         Raises:
             ValueError: the execution is unknown; attention maps are asked for in sparse execution; `labels` and
                 `states_at` are both given; a sequence decision would have to guess the padding from a mask that isn't
-                2D; or the cache is of a class that can't hold decisions, was filled without routing or by the other
-                execution, or by another batch size.
+                2D; the cache is of a class that can't hold decisions, was filled without routing or by the other
+                execution, or by another batch size; or what `check_forward` refuses.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         if route:
             inputs = input_ids if input_ids is not None else inputs_embeds
             drafts = logits_to_keep - 1 if drafted and isinstance(logits_to_keep, int) and logits_to_keep > 1 else 0
-            routing = self.make_routing(inputs, attention_mask, execution, drafts, token_mask, **kwargs)
+            of_call = {"position_ids": position_ids, "past_key_values": past_key_values, **kwargs}
+            routing = self.make_routing(inputs, attention_mask, execution, drafts, token_mask, **of_call)
             routing.gate_rule = gate_rule
         else:
             routing = Routing(token_mask=None, sparse=False, enabled=False)
@@ -389,10 +395,6 @@ class MoDForCausalLMMixin(MoDPreTrainedMixin):
             "router_scores": torch.stack([decision.scores for decision in decisions]),
             "router_gates": torch.stack([decision.gates for decision in decisions]),
         }
-
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        """Return `forward`'s keywords for one step of `generate`."""
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"drafted": True}
 
 
 class MoDLlamaDecoderLayer(MoDDecoderLayerMixin, LlamaDecoderLayer):

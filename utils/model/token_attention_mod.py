@@ -39,8 +39,13 @@ def attend_kept_tokens(
     """
     kept = decision.kept
     kwargs = dict(attention_kwargs)
+    paged = kwargs.get("cache") is not None
     mask, cache = kwargs.pop("attention_mask"), kwargs.pop("past_key_values")
     position_embeddings = kwargs.pop("position_embeddings")
+    if paged and len(kept) == 0:
+        # in continuous batching it is the attention function that stores keys and values: ask for one output
+        attend_kept_tokens(attention, normed, _keeping_first(decision), attention_kwargs)
+        return None
     if len(kept) == 0 and cache is None:
         return None
     keys, values = keys_and_values(attention, normed, position_embeddings, cache)
@@ -64,7 +69,7 @@ def attend_kept_tokens(
         output, _ = interface(attention, queries.transpose(1, 2), keys, values, mask, **options, **kwargs)
         return output.reshape(*queries.shape[:2], -1)
 
-    if tokens > 1 and implementation in ("eager", "sdpa") and queries.device.type == "cpu":
+    if not paged and tokens > 1 and implementation in ("eager", "sdpa") and queries.device.type == "cpu":
         kernel, length = partial(_sdpa, dropout=options["dropout"], scaling=options["scaling"]), STRETCH
         if implementation == "eager":
             # it lets a query that sees nothing (padding on the left) average over all keys: leave none out
@@ -79,6 +84,12 @@ def attend_kept_tokens(
         padded = padded.view(batch, tokens, *queries.shape[1:])
         outputs = attend(padded, keys, values, mask, **kwargs).flatten(0, 1)[kept]
     return attention.o_proj(outputs)
+
+
+def _keeping_first(decision: Decision) -> Decision:
+    gates = torch.zeros_like(decision.gates)
+    gates[0, 0] = 1.0
+    return Decision(decision.scores, gates)
 
 
 def _query_runs(
