@@ -168,7 +168,7 @@ class TestMistakes:
         [
             (["--granularity", "attn_sequense"], "did you mean 'attn_sequence'?"),
             (["--mod_n", "9"], "it runs from 1 to 6"),
-            (["--target_capacity", "1.5"], "target_capacity 1.5 must lie between 0 and 1"),
+            (["--target_capacity", "1.5"], "target_capacity 1.5 must be above 0 and at most 1"),
             (["--train_file", "nowhere.jsonl"], "train_file nowhere.jsonl: no such file"),
             (["--model_name_or_path", "./nowhere"], "./nowhere"),
             (["--capacity_control", "budget", "--router_dir", "ckpt"], "no routers.safetensors"),

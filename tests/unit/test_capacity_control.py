@@ -25,7 +25,7 @@ from utils.pipeline.calibration import (
     settled_cuts,
     unpack_reference,
 )
-from utils.pipeline.capacity_control import BudgetControl, RouterMoments, router_moments, row_keys, uniform
+from utils.pipeline.capacity_control import PARTS, BudgetControl, RouterMoments, router_moments, row_keys, uniform
 from utils.pipeline.losses import capacity_hinge
 from utils.pipeline.regression_control import RegressionControl, ridge
 
@@ -43,7 +43,7 @@ def toy_inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def moments_of(features: torch.Tensor) -> RouterMoments:
     """Return the moments of inputs of which nothing tells the part."""
-    return RouterMoments(features.mean(dim=0), features.std(dim=0), torch.zeros(HIDDEN + 1))
+    return RouterMoments(features.mean(dim=0), features.std(dim=0), torch.zeros(len(PARTS), HIDDEN + 1))
 
 
 def settled(control: BudgetControl) -> dict:
@@ -138,9 +138,8 @@ def test_the_price_is_where_a_common_shift_gains_nothing():
 def test_the_gradient_through_a_drawn_gate_is_that_of_the_expected_loss():
     """Of a quadratic loss the trapezoid rule is exact: `dE/dz = p (1 - p) (L(1) - L(0))`."""
     control = BudgetControl({0: MoDRouter(HIDDEN)}, 0.5)
-    control.begin(
-        {0: RouterMoments(torch.zeros(HIDDEN), torch.ones(HIDDEN), torch.zeros(HIDDEN + 1))}, lambda layer: 0.5
-    )
+    moments = RouterMoments(torch.zeros(HIDDEN), torch.ones(HIDDEN), torch.zeros(len(PARTS), HIDDEN + 1))
+    control.begin({0: moments}, lambda layer: 0.5)
     control.shifts = [1.5]
     ids = torch.arange(400_000).view(100_000, 4)
     decision = control.rule(ids, torch.ones_like(ids))(0, torch.zeros(100_000, HIDDEN))
@@ -282,74 +281,76 @@ def test_a_cut_far_out_becomes_a_threshold_that_keeps_the_same():
 
 
 class TestParts:
-    """Tokens reach the capacity in prompts and in answers, with one threshold for both."""
+    """Tokens reach the capacity in each part of a conversation, with one threshold for all."""
 
     @staticmethod
     def batch(rows: int = 40, tokens: int = 12, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
-        answers = torch.arange(tokens) >= torch.randint(3, tokens - 2, (rows, 1), generator=generator)
+        answers = torch.arange(tokens) >= torch.randint(4, tokens - 2, (rows, 1), generator=generator)
+        parts = torch.where(answers, 2, (torch.arange(tokens) >= 2).long())
         inputs = torch.randn(rows, tokens, HIDDEN, generator=generator)
-        inputs[..., 1] += 4.0 * answers
+        inputs[..., 1] += 4.0 * (parts == 2)
+        inputs[..., 2] += 4.0 * (parts == 0)
         ids = torch.randint(1, 1000, (rows, tokens), generator=generator)
-        return ids, answers, inputs
+        return ids, parts, inputs
 
     def control(self) -> BudgetControl:
-        _, answers, inputs = self.batch(seed=99)
+        _, parts, inputs = self.batch(seed=99)
         columns = torch.cat([inputs.flatten(0, 1), torch.ones(inputs[..., 0].numel(), 1)], dim=1)
-        guess = torch.linalg.lstsq(columns, answers.flatten().float()[:, None]).solution[:, 0]
+        guess = torch.linalg.lstsq(columns, torch.nn.functional.one_hot(parts.flatten()).float()).solution.T
         features = inputs.flatten(0, 1)
         moments = RouterMoments(features.mean(dim=0), features.std(dim=0), guess)
-        control = BudgetControl({layer: MoDRouter(HIDDEN) for layer in LAYERS}, 0.5, 0.5)
+        control = BudgetControl({layer: MoDRouter(HIDDEN) for layer in LAYERS}, 0.5, 0.5, 0.5)
         control.begin(dict.fromkeys(LAYERS, moments), lambda layer: 0.5)
         return control
 
-    def test_both_reach_the_target_though_only_answers_cost_anything(self):
+    def test_all_reach_the_target_though_only_answers_cost_anything(self):
         control = self.control()
         optimizer = torch.optim.Adam([router.weight for router in control.routers.values()], lr=0.02)
         for step in range(150):
-            ids, answers, inputs = self.batch(seed=step)
-            rule = control.rule(ids, torch.ones_like(ids), answers=answers)
+            ids, parts, inputs = self.batch(seed=step)
+            rule = control.rule(ids, torch.ones_like(ids), parts=parts)
             decisions = {layer: rule(layer, inputs) for layer in LAYERS}
-            loss = sum((COSTS[layer] * answers * (1 - of.gates) ** 2).mean() for layer, of in decisions.items())
+            loss = sum((COSTS[layer] * (parts == 2) * (1 - of.gates) ** 2).mean() for layer, of in decisions.items())
             scores = torch.stack([of.scores for of in decisions.values()])
-            shares = torch.stack([scores[:, part].mean() for part in (~answers, answers)])
+            shares = torch.stack([scores[:, parts == part].mean() for part in range(3)])
             optimizer.zero_grad()
             (loss + control.loss(shares)).backward()
             control.step(step / 150, 1.0, Accelerator(cpu=True))
             optimizer.step()
-        _, answers, inputs = self.batch(rows=400, seed=10_000)
+        _, parts, inputs = self.batch(rows=400, seed=10_000)
         rule = control.settled_rule()
         gates = torch.stack([rule(layer, inputs).gates for layer in LAYERS])
-        for part in (answers, ~answers):
-            assert gates[:, part].mean() == pytest.approx(0.5, abs=0.12)
+        for part in range(3):
+            assert gates[:, parts == part].mean() == pytest.approx(0.5, abs=0.15)
         weights = {layer: router.weight.detach() for layer, router in control.routers.items()}
         settled, cuts = control.settle(weights)
         folded = torch.stack([inputs @ settled[layer][0] >= cuts[layer][0] for layer in LAYERS])
         assert (folded.float() == gates).float().mean() > 0.999, "a checkpoint decides as training does"
 
-    def test_a_window_without_one_of_them_leaves_its_shift_alone(self):
+    def test_a_window_without_a_part_leaves_its_shift_alone(self):
         control = self.control()
-        ids, answers, inputs = self.batch()
-        control.rule(ids, torch.ones_like(ids), answers=answers)(LAYERS[0], inputs)
-        control.step(0.5, 1.0, Accelerator(cpu=True), there=(False, True))
+        ids, parts, inputs = self.batch()
+        control.rule(ids, torch.ones_like(ids), parts=parts)(LAYERS[0], inputs)
+        control.step(0.5, 1.0, Accelerator(cpu=True), there=(False, True, True))
         assert control.shifts[0] == 0.0
         assert control.shifts[1] != 0.0
 
-    def test_calibration_lands_on_the_target_in_both(self):
+    def test_calibration_lands_on_the_targets_of_the_parts_there_are(self):
         _, model = make_pair("llama", "mlp_token")
         randomize_routers(model, scale=0.3)
         ids = torch.randint(1, 200, (48, 12), generator=torch.Generator().manual_seed(0))
-        answers = torch.arange(12).expand(48, -1) >= 5
-        ids[answers] = ids[answers] % 100  # so that something tells them apart
+        parts = (torch.arange(12).expand(48, -1) >= 5).long() + 1
+        ids[parts == 2] = ids[parts == 2] % 100  # so that something tells them apart
         batches = [
-            {"input_ids": i, "attention_mask": torch.ones_like(i), "answers": a}
-            for i, a in zip(ids.split(12), answers.split(12), strict=True)
+            {"input_ids": i, "attention_mask": torch.ones_like(i), "parts": a}
+            for i, a in zip(ids.split(12), parts.split(12), strict=True)
         ]
         moments = router_moments(model, batches, parts=True)
         weights = {layer: router.weight.detach().clone() for layer, router in model.router_modules().items()}
         cuts = dict.fromkeys(MODEL_LAYERS, (0.0, 0.5))
         tells = {layer: of.tell for layer, of in moments.items()}
-        weights, cuts = calibrate_parts(model, batches, cuts, tells, weights, (0.6, 0.6), runs=8)
+        weights, cuts = calibrate_parts(model, batches, cuts, tells, weights, (0.6, 0.6, 0.6), runs=8)
         with torch.no_grad():
             for layer, router in model.router_modules().items():
                 router.weight.copy_(weights[layer])
@@ -360,8 +361,8 @@ class TestParts:
                 router.weight.mul_(factors[layer])
         model.set_mod_settings(replace(model.mod_settings, threshold=thresholds[0.6]))
         gates = model(ids, use_cache=False).router_gates.detach()
-        for part in (answers, ~answers):
-            assert gates[:, part].mean() == pytest.approx(0.6, abs=0.05)
+        for part in (1, 2):
+            assert gates[:, parts == part].mean() == pytest.approx(0.6, abs=0.05)
         model.set_mod_settings(replace(model.mod_settings, threshold=thresholds[0.9]))
         assert model(ids, use_cache=False).router_gates.detach().mean() == pytest.approx(0.9, abs=0.02)
 

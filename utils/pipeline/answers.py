@@ -16,6 +16,24 @@ NEW_TOKENS = 48
 """Tokens of an answer, at most."""
 
 
+def common_beginning(rows: Sequence[Mapping[str, list[int]]], looked_at: int = 64) -> int:
+    """Return how many tokens the prompts of rows have in common at their beginning, such as a system message.
+
+    Args:
+        rows: `input_ids` and `labels`, -100 where unsupervised.
+        looked_at: rows, at most.
+    """
+    prompts = []
+    for row in (rows[number] for number in range(min(looked_at, len(rows)))):
+        labels = list(row["labels"])
+        supervised = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        prompts.append(list(row["input_ids"][:supervised]))
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)
+    return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+
+
 def prompt_share(rows: Sequence[Mapping[str, list[int]]]) -> float:
     """Return the share of a row's tokens that are its prompt's, the mean over rows; a half where there are none.
 

@@ -23,7 +23,7 @@ from utils.model.checkpoint import set_thresholds
 from utils.model.configuration_mod import MoDSettings
 from utils.model.routing_mod import Decision
 
-from .capacity_control import FORWARD_INPUTS, of_assigned, tell, tilted
+from .capacity_control import FORWARD_INPUTS, guess_parts, of_assigned, tilted
 
 Cut = float | list[float]
 """The logit from which a layer's inputs are kept; where experts are routed, one for each expert."""
@@ -205,44 +205,41 @@ def calibrate_parts(
     cuts: Mapping[int, tuple[Cut, float]],
     tells: Mapping[int, torch.Tensor],
     weights: Mapping[int, torch.Tensor],
-    targets: tuple[float, float],
+    targets: Sequence[float],
     tolerance: float = 0.01,
     runs: int = 4,
     progress: bool = False,
     execution: str | None = None,
 ) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Cut, float]]]:
-    """Find routers that keep these shares of the tokens of prompts, and of those of answers.
+    """Find routers that keep these shares of the tokens of each part.
 
     Args:
         model: a routed model, with the routers `weights`.
-        batches: `input_ids`, `attention_mask` and `answers`, bool [batch, tokens]; not trained on.
+        batches: `input_ids`, `attention_mask` and `parts`, int64 [batch, tokens]; not trained on.
         cuts: as of `calibrate`.
         tells: layer index -> the guess at a token's part, as of `RouterMoments`.
         weights: layer index -> the router's weight, float32 [1 or num_experts, hidden_size], whole.
-        targets: of prompts, and of answers, in [0, 1].
+        targets: of each part, in [0, 1].
         tolerance, runs, progress, execution: as of `calibrate`.
 
     Returns:
-        Layer index -> the router's new weight, and `cuts` that go with it. Where the batches have but one part, all as
-        it was.
+        Layer index -> the router's new weight, and `cuts` that go with it. A part without tokens stays as it was.
     """
-    shifts, best = (0.0, 0.0), (math.inf, (0.0, 0.0))
-    for _ in tqdm(range(runs), desc="calibrating prompts and answers", disable=not progress):
-        values, told, answers = _by_part(model, batches, cuts, tells, shifts, execution)
-        if answers.all() or not answers.any():
-            return dict(weights), dict(cuts)
-        kept = values - shifts[0] - (shifts[1] - shifts[0]) * told >= 0
-        shares = [float(kept[part].double().mean()) for part in (~answers, answers)]
-        off = max(abs(share - target) for share, target in zip(shares, targets, strict=True))
+    shifts = [0.0] * len(targets)
+    best = math.inf, shifts
+    for _ in tqdm(range(runs), desc="calibrating parts", disable=not progress):
+        values, told, parts = _by_part(model, batches, cuts, tells, shifts, execution)
+        kept = (values - told @ torch.tensor(shifts, dtype=torch.float64) >= 0).double()
+        there = [part for part in range(len(targets)) if (parts == part).any()]
+        off = max(abs(float(kept[parts == part].mean()) - targets[part]) for part in there)
         best = min(best, (off, shifts))
         if off <= tolerance:
             break
-        shifts = _shifts_of_parts(values, told, answers, targets, shifts)
-    low, high = best[1]
+        shifts = _shifts_of_parts(values, told, parts, targets, shifts)
     new_weights, new_cuts = {}, {}
     for layer, (cut, scale) in cuts.items():
-        start = torch.tensor(cut, dtype=torch.float32) + scale * low
-        weight, moved = tilted(weights[layer], start.reshape(-1), scale * (high - low), tells[layer])
+        start = torch.tensor(cut, dtype=torch.float32).reshape(-1)
+        weight, moved = tilted(weights[layer], start, [scale * shift for shift in best[1]], tells[layer])
         new_weights[layer] = weight
         new_cuts[layer] = (moved.tolist() if isinstance(cut, list) else float(moved), scale)
     return new_weights, new_cuts
@@ -253,50 +250,52 @@ def _by_part(
     batches: Sequence[Mapping[str, torch.Tensor]],
     cuts: Mapping[int, tuple[Cut, float]],
     tells: Mapping[int, torch.Tensor],
-    shifts: tuple[float, float],
+    shifts: Sequence[float],
     execution: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a model with these shifts; return of all inputs `u` without them, the guess and the true part, each [inputs].
+    """Run a model with these shifts; return of all inputs `u` without them, guesses and true parts.
 
-    Arguments are as of `calibrate_parts`; the values are float64, the parts bool, True for an answer's.
+    Arguments are as of `calibrate_parts`; the results float64 [inputs], float64 [inputs, parts] and int64 [inputs].
     """
     found: list[tuple[torch.Tensor, ...]] = []
     for batch in batches:
         mask, told = batch["attention_mask"].bool(), []
 
         def offset(layer: int, inputs: torch.Tensor, told: list[torch.Tensor] = told) -> torch.Tensor:
-            told.append(tell(tells[layer].to(inputs.device), inputs))
-            return shifts[0] + (shifts[1] - shifts[0]) * told[-1]
+            told.append(guess_parts(tells[layer].to(inputs.device), inputs))
+            return told[-1] @ torch.tensor(shifts, device=inputs.device)
 
         seen = logits_of_routers(model, [batch], cuts, lambda u: (u >= 0).to(u.dtype), execution, offset)
         each = len(seen) // (len(told) * int(mask.sum()))  # assignments of a token
-        guesses = torch.cat([guess[mask] for guess in told]).repeat_interleave(each).double()
-        answers = batch["answers"][mask].repeat(len(told)).repeat_interleave(each)
-        found.append((seen.double() + shifts[0] + (shifts[1] - shifts[0]) * guesses, guesses, answers))
+        guesses = torch.cat([guess[mask] for guess in told]).repeat_interleave(each, dim=0).double()
+        parts = batch["parts"][mask].repeat(len(told)).repeat_interleave(each)
+        found.append(
+            (seen.double() + guesses @ torch.tensor(shifts, dtype=torch.float64).to(seen.device), guesses, parts)
+        )
     return tuple(torch.cat(values).cpu() for values in zip(*found, strict=True))
 
 
 def _shifts_of_parts(
-    values: torch.Tensor,
-    told: torch.Tensor,
-    answers: torch.Tensor,
-    targets: tuple[float, float],
-    shifts: tuple[float, float],
-) -> tuple[float, float]:
-    """Return shifts by which `values - h_0 (1 - told) - h_1 told` is at least 0 for these shares of both parts."""
-    shifts = list(shifts)
-    for _ in range(10):  # a guess that is right for most makes the two nearly independent
-        for place, part in enumerate((~answers, answers)):
-            low, high = shifts[place] - 50.0, shifts[place] + 50.0
-            own = told[part] if place else 1 - told[part]
-            rest = values[part] - shifts[1 - place] * (1 - own)
+    values: torch.Tensor, told: torch.Tensor, parts: torch.Tensor, targets: Sequence[float], shifts: Sequence[float]
+) -> list[float]:
+    """Return shifts by which `values - told shifts` is at least 0 for the `targets`, shares of each part's inputs."""
+    shifts = torch.tensor(shifts, dtype=torch.float64)
+    for _ in range(10):  # a guess that is right for most makes them nearly independent
+        for part, target in enumerate(targets):
+            chosen = parts == part
+            if not chosen.any():
+                continue
+            own = told[chosen, part]
+            rest = values[chosen] - told[chosen] @ shifts + own * shifts[part]
+            low, high = float(shifts[part]) - 50.0, float(shifts[part]) + 50.0
             for _ in range(40):
-                shifts[place] = (low + high) / 2
-                if float((rest >= shifts[place] * own).double().mean()) > targets[place]:
-                    low = shifts[place]
+                middle = (low + high) / 2
+                if float((rest >= middle * own).double().mean()) > target:
+                    low = middle
                 else:
-                    high = shifts[place]
-    return tuple(shifts)
+                    high = middle
+            shifts[part] = middle
+    return shifts.tolist()
 
 
 def calibrate_table(

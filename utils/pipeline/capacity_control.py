@@ -22,12 +22,13 @@ the whole accumulation window. At a minimum of `L` under `C = s` a common shift 
 **Shift.** An integral controller holds the capacity: `h <- h + g (C - s_t)` after each step. `s_t` falls linearly from
 1 to the target `s` over the first share of the steps.
 
-**Prompt and answer.** The loss is of answers, and with one capacity for all tokens deep layers learn to skip nearly all
-of the prompt and nothing else: how much is executed would then follow from how long prompts are, and nothing would be
-saved in decode. So tokens have a capacity, a price and a shift in each of these two parts, with targets that lie
-`PARTING s (1 - s)` apart and make `s` together (`targets_of_parts`). A router has one threshold for both: their shifts
-`h_0` and `h_1` become `h(x) = h_0 + (h_1 - h_0) f_l(x)`, `f_l` being a linear guess at whether the token is an
-answer's, a ridge regression made before the first step. In a checkpoint it is a part of the router's weight.
+**Parts of a conversation.** The loss is of answers, and with one capacity for all tokens deep layers learn to skip
+nearly all of the prompt and nothing else: how much is executed would then follow from how long prompts are, and nothing
+would be saved in decode. So tokens have a capacity, a price and a shift in each of three parts: what all conversations
+begin with (a chat template's system message), the rest of the prompt, and answers. The first two have the same target;
+that of answers lies `PARTING s (1 - s)` above it, and together they make `s` (`targets_of_parts`). A router has one
+threshold for all: the shifts `h_k` become `h(x) = sum_k h_k f_lk(x)`, `f_l` being a linear guess at the token's part, a
+ridge regression made before the first step. In a checkpoint it is a part of the router's weight.
 
 In a checkpoint the layer's threshold stands for intercept, shift and mean: `W_l x` is at least
 `W_l m_l + s_l (h - b_l)` exactly where `z >= h`.
@@ -60,6 +61,8 @@ PARTING = 2.0
 better, and what is executed follows more from the prompt's length (`configs/reproduce/RESULTS.md`)."""
 TELL_RIDGE = 1e-2
 """Of the guess at which part a token is in, in units of the inputs' mean variance."""
+PARTS = ("beginning", "prompt", "answer")
+"""Of a conversation: what all have at their beginning, the rest of the prompt, what the assistant writes."""
 STATE = ("targets", "shifts", "prices", "pushes", "steps")
 FORWARD_INPUTS = ("input_ids", "attention_mask", "token_mask")
 INTERCEPT_RATE = 0.3
@@ -71,7 +74,7 @@ class BudgetControl:
 
     Args:
         routers: layer index -> router, ascending.
-        targets: capacities to reach, in [0, 1]: for tokens that of prompts and that of answers, for sequences one.
+        targets: capacities to reach, in [0, 1]: for tokens one for each of `PARTS`, for sequences one.
     """
 
     def __init__(self, routers: Mapping[int, MoDRouter], *targets: float):
@@ -135,9 +138,7 @@ class BudgetControl:
         """Return `h` of the inputs, [batch, tokens] where there are parts, of experts [batch, tokens, 1]."""
         if self.parts == 1:
             return self.shifts[0]
-        low, high = self.shifts
-        told = tell(self.tells[self.places[layer]], inputs)
-        told = low + (high - low) * told
+        told = guess_parts(self.tells[self.places[layer]], inputs) @ torch.tensor(self.shifts, device=inputs.device)
         return told if self.routers[layer].num_experts is None else told.unsqueeze(-1)
 
     def settled_rule(self) -> Callable[[int, torch.Tensor], Decision]:
@@ -154,7 +155,7 @@ class BudgetControl:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         counts: torch.Tensor | None = None,
-        answers: torch.Tensor | None = None,
+        parts: torch.Tensor | None = None,
     ) -> Callable[[int, torch.Tensor], Decision]:
         """Return the `gate_rule` of a micro-batch.
 
@@ -165,14 +166,14 @@ class BudgetControl:
             input_ids: int64 [batch, tokens].
             attention_mask: the same shape, 1 for real tokens.
             counts: not needed.
-            answers: bool [batch, tokens], the tokens of answers; needed where there are parts.
+            parts: int64 [batch, tokens], each token's place in `PARTS`; needed where there are parts.
         """
         keys = row_keys(input_ids, attention_mask)
 
         def probed(probe: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
             if self.parts == 1:
                 return probe[0]
-            of_part = torch.where(answers, probe[1], probe[0])
+            of_part = probe[parts]
             return of_part if of_part.dim() == like.dim() else of_part.unsqueeze(-1)
 
         def draw(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
@@ -196,7 +197,7 @@ class BudgetControl:
         return sum(price * of_part for price, of_part in zip(self.prices, capacity.unbind(), strict=True))
 
     def step(
-        self, progress: float, rate: float, accelerator: Any, summed: float = 1.0, there: Sequence[bool] = (True, True)
+        self, progress: float, rate: float, accelerator: Any, summed: float = 1.0, there: Sequence[bool] | None = None
     ) -> None:
         """Close an accumulation window: move the intercepts, then prices and shifts.
 
@@ -205,7 +206,7 @@ class BudgetControl:
             rate: the learning rate's share of its peak.
             accelerator: of the run; averages over all processes.
             summed: not needed.
-            there: of each part, whether the window had any input.
+            there: of each part, whether the window had any input; None for all True.
         """
         pushes = [probe.grad if probe.grad is not None else torch.zeros_like(probe) for probe in self.probes]
         gradient = self.intercepts.grad if self.intercepts.grad is not None else torch.zeros_like(self.intercepts)
@@ -218,7 +219,7 @@ class BudgetControl:
 
         weight = DECAY if self.steps else 0.0
         for part, (of_loss, of_capacity, capacity) in enumerate(measured.T.tolist()):
-            if not there[part]:
+            if there is not None and not there[part]:
                 continue
             averages = self.pushes[part]
             for place, push in enumerate((of_loss, of_capacity / self.prices[part])):
@@ -247,12 +248,14 @@ class BudgetControl:
             kept, where experts are routed one for each, and the logits in one unit of `z`.
         """
         settled, cuts = {}, {}
-        low, high = self.shifts[0], self.shifts[-1]
         for place, (layer, weight) in enumerate(weights.items()):
             mean, scale = self.means[place].to(weight), self.scales[place].to(weight)
-            cut = weight @ mean + scale * (low - self.intercepts[place].to(weight))
-            settled[layer], cuts[layer] = tilted(weight, cut, float(scale) * (high - low), self.tells[place])
-            cut = cuts[layer].tolist()
+            cut = weight @ mean - scale * self.intercepts[place].to(weight)
+            if self.parts == 1:
+                settled[layer], cut = weight, cut + scale * self.shifts[0]
+            else:
+                settled[layer], cut = tilted(weight, cut, [float(scale) * h for h in self.shifts], self.tells[place])
+            cut = cut.tolist()
             cuts[layer] = (cut if self.routers[layer].num_experts else cut[0], float(scale))
         return settled, cuts
 
@@ -277,8 +280,8 @@ class BudgetControl:
             setattr(self, name, state[name])
 
 
-def targets_of_parts(target: float, prompt_share: float) -> tuple[float, float]:
-    """Return the capacities of prompts and of answers that make `target` together.
+def targets_of_parts(target: float, prompt_share: float) -> tuple[float, ...]:
+    """Return the capacities of the `PARTS` that make `target` together.
 
     Args:
         target: in (0, 1].
@@ -286,7 +289,8 @@ def targets_of_parts(target: float, prompt_share: float) -> tuple[float, float]:
     """
     apart = PARTING * target * (1 - target)
     answers = min(1.0, target + prompt_share * apart)
-    return max(0.0, (target - (1 - prompt_share) * answers) / prompt_share), answers
+    prompts = max(0.0, (target - (1 - prompt_share) * answers) / prompt_share)
+    return prompts, prompts, answers
 
 
 @dataclass
@@ -295,8 +299,8 @@ class RouterMoments:
 
     Args:
         mean, deviation: mean and standard deviation of the inputs, float32 [hidden_size].
-        tell: `f(x) = tell[:-1] x + tell[-1]` guesses whether a token is an answer's (1) or a prompt's (0), float32
-            [hidden_size + 1]; zero where not asked for, or where all tokens are of one part.
+        tell: `f(x) = tell[:, :-1] x + tell[:, -1]` guesses how much a token is of each part, in all 1, float32
+            [parts, hidden_size + 1]; zero where not asked for.
     """
 
     mean: torch.Tensor
@@ -304,24 +308,24 @@ class RouterMoments:
     tell: torch.Tensor
 
 
-def tell(weights: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Return `f`, float32 [...], of router inputs [..., hidden_size]; `weights` as of `RouterMoments`."""
-    return inputs.float() @ weights[:-1] + weights[-1]
+def guess_parts(tell: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Return `f`, float32 [..., parts], of router inputs [..., hidden_size]; `tell` as of `RouterMoments`."""
+    return inputs.float() @ tell[:, :-1].T + tell[:, -1]
 
 
 def tilted(
-    weight: torch.Tensor, cut: torch.Tensor, tilt: float, tell: torch.Tensor
+    weight: torch.Tensor, cut: torch.Tensor, shifts: Sequence[float], tell: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight and cut by which `weight x >= cut + tilt f(x)` is decided as `weight x >= cut`.
+    """Return weight and cut by which `weight x >= cut + sum_k shifts_k f_k(x)` is decided as `weight x >= cut`.
 
     Args:
         weight: float [rows, hidden_size].
         cut: float [rows].
-        tilt: in logits.
+        shifts: in logits, of each part.
         tell: as of `RouterMoments`.
     """
-    tell = tell.to(weight)
-    return weight - tilt * tell[:-1], cut + tilt * tell[-1]
+    tilt = torch.tensor(shifts).to(weight) @ tell.to(weight)  # [hidden_size + 1]
+    return weight - tilt[:-1], cut + tilt[-1]
 
 
 @torch.no_grad()
@@ -333,18 +337,19 @@ def router_moments(
     Args:
         model: a routed model.
         batches: `input_ids`, `attention_mask` and, if not all tokens decide, `token_mask`.
-        parts: learn to tell answers from prompts too; batches then have `answers`, bool [batch, tokens].
+        parts: learn to tell the parts apart too; batches then have `parts`, int64 [batch, tokens].
     """
     sums: dict[int, torch.Tensor] = {}
     products: dict[int, torch.Tensor] = {}
-    mask = answers = None
+    mask = of_parts = None
 
     def keep(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
         values = inputs.float()[mask] if inputs.dim() == 3 else inputs.float()  # [inputs, hidden_size]
         count = torch.full_like(values[0], len(values))
         sums[layer] = sums.get(layer, 0.0) + torch.stack([count, values.sum(dim=0), (values**2).sum(dim=0)])
         if parts:
-            columns = torch.cat([values, answers[mask].float()[:, None]], dim=1)
+            one_hot = nn.functional.one_hot(of_parts[mask], len(PARTS))
+            columns = torch.cat([values, one_hot.float()], dim=1)
             products[layer] = products.get(layer, 0.0) + columns.T @ columns
         ones = torch.ones(inputs.shape[:-1] if experts is None else experts.shape, device=inputs.device)
         return Decision(ones, ones, experts)
@@ -353,7 +358,7 @@ def router_moments(
     model.eval()
     try:
         for batch in batches:
-            mask, answers = batch["attention_mask"].bool(), batch.get("answers")
+            mask, of_parts = batch["attention_mask"].bool(), batch.get("parts")
             inputs = {name: batch[name] for name in FORWARD_INPUTS if name in batch}
             model(**inputs, use_cache=False, logits_to_keep=1, gate_rule=keep)
     finally:
@@ -362,7 +367,7 @@ def router_moments(
     for layer, (count, total, squares) in sums.items():
         mean = total / count
         deviation = (squares / count - mean**2).clamp(min=0).sqrt()
-        guess = torch.zeros(len(mean) + 1, device=mean.device)
+        guess = torch.zeros(len(PARTS), len(mean) + 1, device=mean.device)
         if parts:
             guess = _tell(products[layer].double() / count[0], mean.double()).float()
         moments[layer] = RouterMoments(mean, deviation, guess)
@@ -370,15 +375,14 @@ def router_moments(
 
 
 def _tell(products: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Return the ridge regression of a last column on the others, float64, from the means of their products."""
-    share = products[-1, -1]  # of the ones in the last column, which is 0 or 1
-    if not 0 < share < 1:
-        return torch.zeros(len(products), device=products.device)
-    covariance = products[:-1, :-1] - torch.outer(mean, mean)
+    """Return the ridge regression of the last columns on the others, float64, from the means of their products."""
+    size = len(mean)
+    shares = products[size:, size:].diagonal()  # of the ones in the last columns, which are 0 or 1
+    covariance = products[:size, :size] - torch.outer(mean, mean)
     ridge = TELL_RIDGE * covariance.diagonal().mean() + 1e-12
-    crossed = products[:-1, -1] - mean * share
-    weights = torch.linalg.solve(covariance + ridge * torch.eye(len(mean)).to(covariance), crossed)
-    return torch.cat([weights, (share - weights @ mean)[None]])
+    crossed = products[:size, size:] - torch.outer(mean, shares)
+    weights = torch.linalg.solve(covariance + ridge * torch.eye(size).to(covariance), crossed).T
+    return torch.cat([weights, (shares - weights @ mean)[:, None]], dim=1)
 
 
 def row_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback
 from utils.io.errors import UserError
 from utils.model.checkpoint import change_settings, router_name, set_thresholds, whole_parameters
 
-from .answers import answered, prompt_share
+from .answers import answered, common_beginning, prompt_share
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
 from .calibration import calibrate_parts, calibrate_table, cuts_of, fold_table, pack_capacities, pack_reference
-from .capacity_control import BudgetControl, router_moments, targets_of_parts
+from .capacity_control import PARTS, BudgetControl, router_moments, targets_of_parts
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
 from .losses import capacity_hinge, executed_inputs, next_token_nll
@@ -75,6 +75,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._calibration: Sequence[Any] = ()
         self._ends: Collection[int] = ()
         self._is_answered = False
+        self._beginning = common_beginning(self.train_dataset) if self.train_dataset is not None else 0
         self.reference: dict[str, Any] | None = None  # for such shifts, what routers make of rows that they never saw
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
@@ -91,7 +92,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if self.args.capacity_control == "regression":
                 self.capacity_control = RegressionControl(routers, target)
             else:
-                parts = 2 if self.model.config.mod_settings.level == "token" else 1
+                parts = len(PARTS) if self.model.config.mod_settings.level == "token" else 1
                 self.capacity_control = BudgetControl(routers, *[target] * parts)
         self.add_callback(_ControlSteps(self))
         self._teacher = (
@@ -145,7 +146,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
         inputs, settings = [sequences], self.model.config.mod_settings
         if settings.level == "token":
-            of_parts = [_parts(batch) for batch in batches]  # each [2, batch, tokens]
+            of_parts = [self._in_parts(batch) for batch in batches]  # each [parts, batch, tokens]
             of_parts[-1] = of_parts[-1] * real[:, None]
             inputs = sum(of_part.sum(dim=(1, 2)) for of_part in of_parts).unbind()
         if settings.target == "expert":  # each assignment of a token is an input
@@ -167,8 +168,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         mask, targets = inputs.get("attention_mask"), inputs["targets"]
         if self.capacity_control is not None:
             real = inputs.get("real")
-            answers = inputs["labels"] != IGNORE_INDEX
-            rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real, answers)
+            rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real, self._parts(inputs))
         outputs = self._forward(model, inputs, rule)
         if self._teacher is not None:
             teacher = self._teacher.states(inputs["input_ids"], inputs["positions"])
@@ -190,7 +190,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             scores = outputs.router_scores  # [layers, batch, ...]
             real = 1.0 if real is None else real
             if self.model.config.mod_settings.level == "token":
-                kept = [(executed_inputs(scores, part)[0] * real).mean(dim=0).sum() for part in _parts(inputs)]
+                kept = [(executed_inputs(scores, part)[0] * real).mean(dim=0).sum() for part in self._in_parts(inputs)]
             else:
                 kept = [(scores * real).mean(dim=0).sum()]
             share = torch.stack(kept) * processes / self._window_inputs.clamp(min=1)
@@ -237,7 +237,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             batch = self.data_collator([rows[row] for row in range(start, min(start + size, len(rows)))])
             batch = {name: values.to(self.args.device) for name, values in batch.items()}
             decided_on = {"input_ids": batch["input_ids"], "attention_mask": _mask(batch)}
-            decided_on["answers"] = batch["labels"] != IGNORE_INDEX
+            decided_on["parts"] = self._parts(batch)
             yield decided_on | self._deciding_tokens(batch)
 
     def begin_control(self) -> None:
@@ -421,6 +421,17 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def _parts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return each token's place in `PARTS`, int64 [batch, tokens]."""
+        answers = batch["labels"] != IGNORE_INDEX
+        later = torch.arange(answers.shape[1], device=answers.device) >= self._beginning
+        return torch.where(answers, 2, later.to(torch.int64))
+
+    def _in_parts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return which tokens are of which part, float32 [parts, batch, tokens]; padding is of none."""
+        parts = self._parts(batch)
+        return torch.stack([parts == part for part in range(len(PARTS))]) * _mask(batch).float()
+
     def _real_rows(self, rows: int, remainder: int, device: torch.device) -> torch.Tensor:
         """Tell, bool [rows], which rows of the batch that was drawn last are not there for the second time.
 
@@ -439,7 +450,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if self.args.router_learning_rate is not None:
                 logs["router_learning_rate"] = self.lr_scheduler.get_last_lr()[-1]  # the group that came last
             if isinstance(self.capacity_control, BudgetControl):
-                names = ("",) if self.capacity_control.parts == 1 else ("_of_prompts", "_of_answers")
+                names = ("",) if self.capacity_control.parts == 1 else tuple(f"/{part}" for part in PARTS)
                 for name, price, shift in zip(
                     names, self.capacity_control.prices, self.capacity_control.shifts, strict=True
                 ):
@@ -474,12 +485,6 @@ def _without(batch: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor
 def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return a batch's attention mask, ones where it has none."""
     return batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
-
-
-def _parts(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return which tokens are a prompt's and which an answer's, float32 [2, batch, tokens]; padding is neither."""
-    answers = batch["labels"] != IGNORE_INDEX
-    return torch.stack([~answers, answers]) * _mask(batch).float()
 
 
 class _ControlSteps(TrainerCallback):

@@ -49,14 +49,14 @@ class RegressionControl:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         counts: torch.Tensor | None = None,
-        answers: torch.Tensor | None = None,
+        parts: torch.Tensor | None = None,
     ) -> Callable[[int, torch.Tensor], Decision]:
         """Return the `gate_rule` of a micro-batch: gates of `GATE` whose gradient is kept.
 
         Args:
             input_ids, attention_mask: int64 [batch, tokens].
             counts: bool [batch], False for rows that are there for the second time; None for all True.
-            answers: not needed.
+            parts: not needed.
         """
         measured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         counts = input_ids.new_ones(len(input_ids)) if counts is None else counts
@@ -75,7 +75,7 @@ class RegressionControl:
         return 0.0 * capacity.sum()
 
     def step(
-        self, progress: float, rate: float, accelerator: Any, summed: float = 1.0, there: Sequence[bool] = ()
+        self, progress: float, rate: float, accelerator: Any, summed: float = 1.0, there: Sequence[bool] | None = None
     ) -> None:
         """Close an accumulation window: collect what was measured on all processes.
 
