@@ -95,12 +95,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_alone_until_exit(args.output_dir)
     check(args)
-    settings = replace(make_settings(read_config(args.checkpoint)), target_capacity=args.capacity)
+    settings = make_settings(read_config(args.checkpoint))
     if holds_adapter(args.checkpoint):
         raise UserError(
             f"{args.checkpoint} holds a LoRA adapter: merge it first, with build_mod_checkpoint.py --merge_lora"
         )
-    record = complete(args)
+    record = complete(args, settings)
+    pooling = args.sequence_pooling if settings.level == "sequence" else None
+    settings = replace(settings, target_capacity=args.capacity, sequence_pooling=pooling)
     calibration, held_out = prepare_rows(args, record, load_tokenizer(args.checkpoint))
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,8 +156,12 @@ def check(args) -> None:
         raise UserError(f"output_dir {args.output_dir} is there already; choose another")
 
 
-def complete(args) -> dict:
-    """Fill in what was not given, and return the record of how the checkpoint was trained, with what was given."""
+def complete(args, settings) -> dict:
+    """Fill in what was not given, and return the record of how the checkpoint was trained, with what was given.
+
+    Args:
+        settings: the checkpoint's.
+    """
     from utils.pipeline.run_directory import RUN_FILE
 
     record, where = {}, args.checkpoint / RUN_FILE
@@ -172,7 +178,8 @@ def complete(args) -> dict:
             "or give a --calibration_file of other rows"
         )
     given = {name: getattr(args, name) for name in FROM_RECORD if getattr(args, name) is not None}
-    record = FROM_RECORD | {"calibration_rows": 0} | record
+    own = {"sequence_pooling": settings.sequence_pooling} if settings.sequence_pooling else {}
+    record = FROM_RECORD | {"calibration_rows": 0} | own | record
     args.as_trained = all(given.get(name, record[name]) == record[name] for name in HOW_ROWS_ARE_READ)
     record |= given
     if record["train_file"] is None and not (args.calibration_file and record["eval_file"]):

@@ -4,7 +4,7 @@
     python entrypoints/evaluation/benchmark.py ckpt/smollm2-135m-mod --grid 1x512 8x128 --threads 1
 
 First sparse execution is checked against the dense specification; nothing is timed unless that passes. Then, for each
-batch size and prompt length, prefill and decode are timed for seven models on the same weights:
+batch size and prompt length, prefill and decode are timed for these models on the same weights:
 
     dense        the base model of transformers
     all_kept     routers that keep everything: what routing costs
@@ -12,12 +12,14 @@ batch size and prompt length, prefill and decode are timed for seven models on t
     random       random decisions with the same share executed
     share_alone  the base model whose routed branches run on as many inputs as that, without router, gather and mask
     all_skipped  routers that skip everything
+    unreplaced   the same without substitutes, where the checkpoint has some
     oracle       the base model without the routed branches: what skipping can cost at best
 
 The clock is the process's own processor time on a CPU, CUDA events on a GPU. Ratios are medians over interleaved
 repeats with a 95% interval. `saved` is the share reached of the time that skipping should save by arithmetic, which is
 the oracle's saving times the share skipped; `of alone` is the share reached of what `share_alone` saves, which is what
-this machine makes of that arithmetic (it reads a layer's weights for four rows as for eight). KV memory is the sum
+this machine makes of that arithmetic (it reads a layer's weights for four rows as for eight). Neither oracle nor
+`share_alone` has substitutes: what these take is missing from what is saved. KV memory is the sum
 over the cache's tensors after prefill; peak memory is what the prefill's tensors take at most, beyond the weights.
 """
 
@@ -70,6 +72,9 @@ def parse_arguments() -> argparse.Namespace:
         "--decode_tokens", type=int, default=64, help="tokens to decode after each prompt; 0: none (64)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="counted repeats of everything (5)")
+    parser.add_argument(
+        "--capacity", type=float, help="another share to execute that it was calibrated for, or between (its own)"
+    )
     parser.add_argument("--random_share", type=share, help="share that random routing executes (the tuned one)")
     parser.add_argument("--granularity", help="route untrained routers at another granularity (the checkpoint's)")
     parser.add_argument("--mod_n", type=int, help="route another number of layers, untrained (the checkpoint's)")
@@ -86,6 +91,8 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < least:
             parser.error(f"--{name} {value} must be at least {least}")
+    if arguments.capacity is not None and (arguments.granularity or arguments.mod_n):
+        parser.error("--capacity sets trained routers, and --granularity and --mod_n choose untrained ones")
     return arguments
 
 
@@ -102,7 +109,7 @@ def main() -> None:
     from utils.evaluation.columns import make_columns
     from utils.evaluation.prompts import cut_prompts, read_text
     from utils.io.files import dated_name, write_json
-    from utils.model.checkpoint import load_mod_model, load_tokenizer, make_settings, read_config
+    from utils.model.checkpoint import load_mod_model, load_tokenizer, make_settings, read_config, read_settings
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -111,7 +118,10 @@ def main() -> None:
         raise UserError("--device cuda: this machine, or this build of torch, has no CUDA device")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
-    settings = make_settings(read_config(arguments.checkpoint), arguments.mod_n, arguments.granularity)
+    if arguments.capacity is not None:
+        settings = read_settings(arguments.checkpoint, arguments.capacity)
+    else:
+        settings = make_settings(read_config(arguments.checkpoint), arguments.mod_n, arguments.granularity)
     tokenizer = load_tokenizer(arguments.checkpoint)
     text = read_text(arguments.text_file)
     token_ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -49,9 +49,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--pool",
         choices=("all", "context"),
-        default="all",
         help="what a sequence decision sees in a log-likelihood request: context and continuation as published, or "
-        "the context alone as in generation (all)",
+        "the context alone as in generation (what the checkpoint was calibrated for; all where it doesn't say)",
+    )
+    parser.add_argument(
+        "--capacity", type=float, help="another share to execute that it was calibrated for, or between (its own)"
     )
     parser.add_argument("--no_dense", action="store_true", help="leave the dense base out")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
@@ -78,18 +80,19 @@ def main() -> None:
 
     from utils.evaluation.tasks import find_tasks, prepare_hub_tasks, prepare_local_tasks, read_table
     from utils.model.base_models import resolve_base_model
-    from utils.model.checkpoint import is_mod, read_config
+    from utils.model.checkpoint import is_mod, read_config, read_settings
 
     table = read_table(arguments.config, arguments.tasks)
     checkpoint = resolve_base_model(arguments.checkpoint)
     routed = is_mod(read_config(checkpoint))
+    settings = read_settings(checkpoint, arguments.capacity)
 
     import torch
     import transformers
     from datasets.exceptions import DatasetNotFoundError
 
     from utils.evaluation.harness import average, evaluate_columns, identify_base, identify_routing, render
-    from utils.evaluation.lm_eval_model import MoDLM, load_model
+    from utils.evaluation.lm_eval_model import MoDLM, choose_pool, load_model
     from utils.io.files import dated_name, write_json
     from utils.model.checkpoint import load_tokenizer
     from utils.model.lora import holds_adapter
@@ -121,16 +124,17 @@ def main() -> None:
     # without its routing, a checkpoint with an adapter is the adapted model and not the dense base
     plain = "unrouted" if holds_adapter(checkpoint) else "dense"
     models = {plain: identity} if not (routed and arguments.no_dense) else {}
+    pool = choose_pool(settings, arguments.pool)
     if routed:
-        models["routed"] = identity | {"routing": identify_routing(checkpoint, arguments.pool)}
+        models["routed"] = identity | {"routing": identify_routing(checkpoint, settings, pool)}
     rows = {}
 
     @functools.cache
     def load() -> tuple:
-        return load_model(checkpoint, arguments.dtype).to(device), load_tokenizer(checkpoint)
+        return load_model(checkpoint, arguments.dtype, arguments.capacity).to(device), load_tokenizer(checkpoint)
 
     def make_model(route: bool) -> MoDLM:
-        return MoDLM(*load(), pool=arguments.pool, route=route, batch_size=arguments.batch_size)
+        return MoDLM(*load(), pool=pool, route=route, batch_size=arguments.batch_size)
 
     for name, model_identity in models.items():
         logging.getLogger("utils").info("--- %s", name)
@@ -152,21 +156,30 @@ def main() -> None:
             ) from None
 
     print(render(table, rows))
+    if routed and settings.level == "sequence":
+        what = {"all": "context and continuation", "context": "the context alone, as generation does"}[pool]
+        print(f"sequences were decided on {what} (--pool)")
     output = arguments.output
     if output is None:
         output = arguments.output_dir / dated_name(checkpoint.resolve().name, ".json")
+    harness = f"lm_eval run --model hf --batch_size 1 --model_args pretrained={checkpoint},trust_remote_code=True"
+    if routed and (pool == "context" or arguments.capacity is not None):  # what the checkpoint doesn't do by itself
+        harness = "python entrypoints/evaluation/harness.py run --model mod --batch_size 8 --model_args "
+        harness += f"pretrained={checkpoint},pool={pool}"
+        harness += "" if arguments.capacity is None else f",capacity={arguments.capacity}"
     write_json(
         output,
         {
             "arguments": json.loads(json.dumps(vars(arguments), default=str)),
             "checkpoint": str(checkpoint),
             "identity": models,
+            "target_capacity": settings.target_capacity if routed else None,
+            "pool": pool if routed else None,
             "python": platform.python_version(),
             "rows": rows,
             "averages": {name: [average(a, results) for a in table.averages] for name, results in rows.items()},
             "lm_eval": {
-                task: "lm_eval run --model hf --batch_size 1 --model_args "
-                f"pretrained={checkpoint},trust_remote_code=True --tasks {ready.task}"
+                task: f"{harness} --tasks {ready.task}"
                 + (f" --include_path {folder}" if arguments.data_dir else f" --num_fewshot {ready.num_fewshot}")
                 + (f" --limit {ready.limit_of_each(arguments.limit)}" if arguments.limit else "")
                 for task, ready in prepared.items()

@@ -5,7 +5,8 @@
         --batch_size 16
 
 Everything is handed on to `lm_eval`, whose version 0.4.13 has no way of its own to name a model that is defined
-elsewhere. `--model_args` takes `pool=context` and `route=False` too (`utils/evaluation/lm_eval_model.py`).
+elsewhere. `--model_args` takes `pool=context`, `capacity=0.75` and `route=False` too
+(`utils/evaluation/lm_eval_model.py`).
 """
 
 import sys

@@ -26,6 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="MoD checkpoint")
     parser.add_argument("--text", type=Path, required=True, help="text file, or .jsonl")
     parser.add_argument("--output", type=Path, help="HTML file (outputs/routing_report/NAME-TEXT.html)")
+    parser.add_argument(
+        "--capacity", type=float, help="another share to execute that it was calibrated for, or between (its own)"
+    )
     parser.add_argument("--max_inputs", type=int, default=64, help="read the first so many inputs (64)")
     parser.add_argument("--max_tokens", type=int, default=512, help="and so many tokens of each (512)")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
@@ -47,16 +50,17 @@ def main() -> None:
 
     from utils.evaluation.routing_report import read_inputs, render_report, route_inputs
     from utils.io.files import atomic_file
-    from utils.model.checkpoint import is_mod, load_mod_model, load_tokenizer, read_config
+    from utils.model.checkpoint import is_mod, load_mod_model, load_tokenizer, read_config, read_settings
 
     inputs = read_inputs(arguments.text)
     if not is_mod(read_config(arguments.checkpoint)):
         raise UserError(f"{arguments.checkpoint}: a dense model routes nothing; name a MoD checkpoint")
+    settings = read_settings(arguments.checkpoint, arguments.capacity)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine, or this build of torch, has no CUDA device")
     transformers.logging.disable_progress_bar()
-    model = load_mod_model(arguments.checkpoint, dtype=arguments.dtype).to(device).eval()
+    model = load_mod_model(arguments.checkpoint, settings, dtype=arguments.dtype).to(device).eval()
     tokenizer = load_tokenizer(arguments.checkpoint)
     if len(inputs) > arguments.max_inputs:
         print(f"reading {arguments.max_inputs} of {len(inputs)} inputs (--max_inputs)", file=sys.stderr)
@@ -64,6 +68,8 @@ def main() -> None:
     with tqdm(total=len(inputs), unit="input", disable=None) as bar:
         routed = route_inputs(model, tokenizer, inputs, arguments.max_tokens, progress=bar.update)
     name = arguments.checkpoint.resolve().name
+    if arguments.capacity is not None:
+        name += f"-at-{arguments.capacity:g}"
     output = arguments.output or ROOT / f"outputs/routing_report/{name}-{arguments.text.stem}.html"
     with atomic_file(output) as file:
         file.write(render_report(routed, name))

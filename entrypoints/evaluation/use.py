@@ -29,6 +29,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="MoD checkpoints")
+    parser.add_argument(
+        "--capacity", type=float, help="another share to execute that it was calibrated for, or between (its own)"
+    )
     parser.add_argument("--prompts", type=Path, help="JSON-lines file with `messages` (held-out rows of the sample)")
     parser.add_argument("--max_prompts", type=int, help="read the first so many prompts (all)")
     parser.add_argument("--max_new_tokens", type=int, default=40, help="length of an answer, at most (40)")
@@ -57,7 +60,7 @@ def main() -> None:
     from utils.data.prompts import encode_prompts
     from utils.evaluation.use import FIGURES, check_prompts, figures_of_use, text_of
     from utils.io.files import write_json
-    from utils.model.checkpoint import is_mod, load_mod_model, load_tokenizer, read_config
+    from utils.model.checkpoint import is_mod, load_mod_model, load_tokenizer, read_config, read_settings
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -71,22 +74,22 @@ def main() -> None:
         config = read_config(checkpoint)
         if not is_mod(config):
             raise UserError(f"{checkpoint}: a dense model routes nothing; name a MoD checkpoint")
-        tokenizer = load_tokenizer(checkpoint)
+        settings, tokenizer = read_settings(checkpoint, arguments.capacity), load_tokenizer(checkpoint)
         try:
             prompts = encode_prompts(conversations, tokenizer, arguments.chat_format, arguments.max_prompts)
             check_prompts(prompts, config["max_position_embeddings"], arguments.max_new_tokens)
         except UserError as error:
             raise UserError(f"{arguments.prompts or 'held-out rows of the sample'}: {error}") from None
-        prepared[checkpoint] = tokenizer, prompts
+        prepared[checkpoint] = settings, tokenizer, prompts
 
     results = {}
-    for checkpoint, (tokenizer, prompts) in prepared.items():
-        model = load_mod_model(checkpoint, dtype=dtype).to(device).eval()
+    for checkpoint, (settings, tokenizer, prompts) in prepared.items():
+        model = load_mod_model(checkpoint, settings, dtype=dtype).to(device).eval()
         with tqdm(total=len(prompts), unit="prompt", desc=checkpoint.resolve().name, disable=None) as bar:
             found = figures_of_use(
                 model, tokenizer, prompts, arguments.max_new_tokens, arguments.batch_size, progress=bar.update
             )
-        results[str(checkpoint)] = found
+        results[str(checkpoint)] = {"target_capacity": settings.target_capacity, **found}
         if arguments.show:
             for answer in found["answers"]:
                 print(f"--- {answer['prompt']}\ndense:  {answer['dense']}\nrouted: {answer['routed']}", flush=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -53,6 +54,8 @@ def main() -> int | None:
     settings = make_settings(
         config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
     )
+    pooling = training_args.sequence_pooling if settings.level == "sequence" else None
+    settings = replace(settings, sequence_pooling=pooling)
     check_substitute(training_args, settings, config)
     training_args.suit_model(config["hidden_size"], settings.granularity)
     if model_args.router_dir and training_args.capacity_control == "regression":

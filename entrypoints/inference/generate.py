@@ -25,6 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     default = ROOT / "ckpt/smollm2-135m-mod"
     parser.add_argument("checkpoint", nargs="?", type=Path, default=default, help=f"MoD checkpoint ({default})")
+    parser.add_argument(
+        "--capacity", type=float, help="another share to execute that it was calibrated for, or between (its own)"
+    )
     parser.add_argument("--prompt", help="one question; without it, chat")
     parser.add_argument("--system", help="system message (the chat template's own)")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
@@ -58,7 +61,7 @@ def main() -> None:
 
     from utils.data.chat_format import encode_prompt, ends_of_turn
     from utils.evaluation.generation import describe, generate
-    from utils.model.checkpoint import load_mod_model, load_tokenizer, read_config
+    from utils.model.checkpoint import load_mod_model, load_tokenizer, read_config, read_settings
     from utils.model.tokenizer_match import check_positions, stop_tokens
 
     transformers.logging.set_verbosity_error()
@@ -67,7 +70,8 @@ def main() -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine, or this build of torch, has no CUDA device")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    model = load_mod_model(arguments.checkpoint, dtype=dtype).to(device).eval()
+    settings = read_settings(arguments.checkpoint, arguments.capacity)
+    model = load_mod_model(arguments.checkpoint, settings, dtype=dtype).to(device).eval()
     tokenizer = load_tokenizer(arguments.checkpoint)
     if not arguments.raw and not tokenizer.chat_template:
         raise UserError(f"{arguments.checkpoint}: its tokenizer has no chat template; give a --prompt with --raw")

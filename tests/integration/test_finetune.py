@@ -48,6 +48,7 @@ class TestARun:
         assert config["mod"]["granularity"] == "attn_sequence"
         assert config["mod"]["layers"] == [2, 3, 4]
         assert config["mod"]["target_capacity"] == 0.5
+        assert config["mod"]["sequence_pooling"] == "prompt"
         assert os.path.samefile(directory / "base.safetensors", workplace / "base/model.safetensors")
         routers = load_file(directory / ROUTERS)
         assert {name: (str(t.dtype), tuple(t.shape)) for name, t in routers.items()} == {

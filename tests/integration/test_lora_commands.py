@@ -34,6 +34,10 @@ def test_the_output_merges_and_trains_on_only_when_merged(with_lora, workplace, 
     with torch.no_grad():
         one, other = (load_mod_model(path)(ids).logits for path in (with_lora, workplace / "ckpt/merged"))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    for name in ("routers.safetensors", "substitutes.safetensors"):
+        kept, merged = (load_file(path / name) for path in (with_lora, workplace / "ckpt/merged"))
+        assert kept.keys() == merged.keys()
+        assert all(tensor.any() and tensor.equal(merged[key]) for key, tensor in kept.items())
     for more, message in (((), "is there already"), (("--mod_n", 2), "exclude each other")):
         refused = build(repository, *arguments, *more)
         assert refused.returncode == 1

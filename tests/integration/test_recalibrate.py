@@ -64,6 +64,7 @@ def test_another_capacity_is_met_on_rows_that_were_not_trained_on(by_budget, rec
     assert after["held_out"]["dense"]["dense_loss"] == pytest.approx(dense, rel=1e-5), "the same held-out rows"
     mod = json.loads((tmp_path / "out/config.json").read_text())["mod"]
     assert mod["target_capacity"] == 0.4
+    assert "sequence_pooling" not in mod, "of tokens"
     facts = inspect_checkpoint(tmp_path / "out", [96])
     assert facts["trained"]["capacity"] == pytest.approx(after["held_out"]["routed"]["eval_capacity"])
 
@@ -112,6 +113,13 @@ def test_routers_of_sequences_shift_too(workplace, finetune, recalibrate, tmp_pa
     assert (tmp_path / "with/calibration.json").is_file()
     recalibrate(tmp_path / "run", "--capacity", 0.5, "--max_seq_length", 64, "--output_dir", tmp_path / "cut")
     assert not (tmp_path / "cut/calibration.json").exists()
+    for name, pooling in (("out", "prompt"), ("all", "all")):
+        if pooling == "all":
+            recalibrate(
+                tmp_path / "run", "--capacity", 0.5, "--sequence_pooling", "all", "--output_dir", tmp_path / name
+            )
+        mod = json.loads((tmp_path / name / "config.json").read_text())["mod"]
+        assert mod["sequence_pooling"] == pooling
 
 
 def strip_units(checkpoint, copy):

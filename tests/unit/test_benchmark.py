@@ -1,4 +1,4 @@
-"""The benchmark: seven models on one set of weights, numbers that add up, and no timing of a wrong result."""
+"""The benchmark: several models on one set of weights, numbers that add up, and no timing of a wrong result."""
 
 import pytest
 import torch
@@ -10,9 +10,17 @@ from model_zoo import (
     make_pair,
     random_tokens,
     randomize_routers,
+    randomize_substitutes,
 )
 
-from utils.evaluation.benchmark import CheckFailedError, check_columns, measure_cell, skippable_share, table
+from utils.evaluation.benchmark import (
+    CheckFailedError,
+    check_columns,
+    measure_cell,
+    saved_with_substitutes,
+    skippable_share,
+    table,
+)
 from utils.evaluation.columns import COLUMNS, make_columns
 from utils.evaluation.costs import layer_cost
 from utils.evaluation.prompts import cut_prompts, read_text
@@ -20,15 +28,16 @@ from utils.evaluation.timing import median_with_interval, peak_memory
 from utils.io.errors import UserError
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
 from utils.model.routing_mod import MoDRouter
+from utils.model.substitute_mod import MoDSubstitute
 
 TEXT = random_tokens(1, 400)[0]
 
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 
 
-def columns_of(granularity: str, arch: str = "llama", layers=(1, 3, 4), share: float = 0.5):
-    _, model = make_pair(arch, granularity, layers)
-    return make_columns(randomize_routers(model, scale=0.7), share)
+def columns_of(granularity: str, arch: str = "llama", layers=(1, 3, 4), share: float = 0.5, **settings):
+    _, model = make_pair(arch, granularity, layers, **settings)
+    return make_columns(randomize_substitutes(randomize_routers(model, scale=0.7)), share)
 
 
 @every_granularity
@@ -41,6 +50,33 @@ def test_the_check_passes_for_all_columns(arch, granularity):
 @pytest.mark.parametrize("arch", list(MOE_ARCHITECTURES))
 def test_the_check_passes_for_all_columns_of_a_mixture_of_experts(arch, granularity):
     assert check_columns(columns_of(granularity, arch), TEXT, length=24) < 1e-5
+
+
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, "expert_token"])
+def test_what_is_skipped_is_replaced_in_routed_columns_alone(granularity):
+    arch = "olmoe" if granularity == "expert_token" else "llama"
+    columns = columns_of(granularity, arch, substitute={"kind": "linear", "rank": (2, 4, 3)})
+    assert [column.name for column in columns] == list(COLUMNS)
+    assert check_columns(columns, TEXT, length=24) < 1e-5
+    models = {column.name: column.model for column in columns}
+    for name, model in models.items():
+        has = sum(isinstance(module, MoDSubstitute) for module in model.modules())
+        assert has == (3 if name in ("all_kept", "tuned", "random", "all_skipped") else 0)
+    with torch.no_grad():
+        replaced, bare, oracle = (
+            models[name](random_tokens(2, 9)).logits for name in ("all_skipped", "unreplaced", "oracle")
+        )
+    torch.testing.assert_close(bare, oracle, atol=5e-5, rtol=0)
+    assert (replaced - bare).abs().max() > 0.01
+    cell = measure_cell(columns, TEXT, batch=2, length=12, decode_tokens=1, repeats=2)
+    assert set(cell["saved_with_substitutes"]) == {"prefill", "decode"}
+    assert table(cell).count("with a substitute in its place") == 2
+
+
+def test_what_is_saved_with_substitutes_is_of_what_is_saved_without():
+    seconds = {"dense": [10.0, 20.0, 12.0], "all_skipped": [7.0, 14.0, 8.4], "unreplaced": [6.0, 12.0, 7.2]}
+    found = saved_with_substitutes(seconds)
+    assert list(found.values()) == pytest.approx([0.75] * 3)
 
 
 def test_random_routing_of_experts_keeps_about_the_share_that_was_asked_for():
@@ -101,7 +137,8 @@ def test_random_routing_keeps_the_share_that_was_asked_for(granularity, share):
 def test_kv_bytes_follow_the_share_executed_exactly(granularity):
     cell = measure_cell(columns_of(granularity), TEXT, batch=8, length=20, decode_tokens=3, repeats=1)
     columns = cell["columns"]
-    assert list(columns) == list(COLUMNS)
+    assert list(columns) == [name for name in COLUMNS if name != "unreplaced"]
+    assert cell["saved_with_substitutes"] == {}
     whole = columns["dense"]["kv_bytes"]
     for name in ("all_kept", "tuned", "random", "all_skipped"):
         executed = (NUM_LAYERS - 3 + 3 * columns[name]["share_executed"]) / NUM_LAYERS
@@ -113,7 +150,7 @@ def test_kv_bytes_follow_the_share_executed_exactly(granularity):
     assert columns["random"]["decode"]["saving_reached_of_share_alone"]
     assert columns["share_alone"]["kv_bytes"] == columns["random"]["kv_bytes"]
     assert "saving_reached" not in columns["all_kept"]["prefill"]
-    assert all(name in table(cell) for name in COLUMNS)
+    assert all(name in table(cell) for name in columns)
 
 
 @every_granularity

@@ -17,7 +17,7 @@ from utils.evaluation.costs import layer_cost, savings
 from utils.evaluation.inspection import describe_checkpoint, inspect_checkpoint
 from utils.evaluation.kv_memory import kv_bytes_by_layer
 from utils.io.errors import UserError
-from utils.model.checkpoint import build_mod_checkpoint, make_settings, read_config
+from utils.model.checkpoint import build_mod_checkpoint, make_settings, read_config, write_checkpoint
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
 
 
@@ -46,6 +46,34 @@ def test_saved_operations_are_those_that_a_forward_leaves_out(granularity):
     assert counted_flops(kept, input_ids) == dense + routers
     saved = expected["flops_saved"] + (0 if settings.target == "mlp" else len(settings.layers) * hidden)
     assert dense + routers - counted_flops(skipped, input_ids) == saved
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_saved_operations_are_less_by_what_a_forward_runs_instead(granularity):
+    length, ranks = 24, (4, 8, 2)
+    substitute = {"kind": "linear", "rank": ranks}
+    input_ids = model_zoo.random_tokens(1, length)
+    _, bare = model_zoo.make_pair("llama", granularity, attention="eager", threshold=0.75)
+    _, skipped = model_zoo.make_pair("llama", granularity, attention="eager", threshold=0.75, substitute=substitute)
+    settings = MoDSettings(granularity, model_zoo.LAYERS, substitute=substitute)
+    config, nothing = bare.config.to_dict(), dict.fromkeys(settings.layers, 0.0)
+    without, found = (
+        savings(config, each, length, nothing, "float32") for each in (replace(settings, substitute=None), settings)
+    )
+    cost = 2 * 2 * model_zoo.HIDDEN_SIZE * sum(ranks) * length
+    assert counted_flops(skipped, input_ids) - counted_flops(bare, input_ids) == cost
+    assert without["flops_of_substitutes"] == 0
+    assert found["flops_of_substitutes"] == cost
+    assert found["flops_saved"] == without["flops_saved"] - cost
+    half = savings(config, settings, length, dict.fromkeys(settings.layers, 0.5), "float32")
+    assert half["flops_saved"] == found["flops_saved"] / 2
+
+
+def test_the_substitute_of_experts_runs_on_every_token():
+    settings = MoDSettings("expert_token", (3,), substitute={"kind": "linear", "rank": 2})
+    config = model_zoo.make_base("olmoe").config.to_dict()
+    costs = [savings(config, settings, 24, {3: kept}, "float32")["flops_of_substitutes"] for kept in (0.0, 0.5, 1.0)]
+    assert costs == [2 * 2 * model_zoo.HIDDEN_SIZE * 2 * 24, 2 * 2 * model_zoo.HIDDEN_SIZE * 2 * 24, 0]
 
 
 @pytest.mark.parametrize("arch", ["olmoe", "qwen2_moe", "mixtral", "deepseek_v2"])
@@ -119,18 +147,56 @@ def test_a_built_checkpoint(checkpoint):
     assert facts["granularity"] == "block_sequence"
     assert facts["threshold"] == {3: 0.5, 4: 0.5}
     assert facts["trained"]["layers"] == {3: 0.2, 4: 1.0}
-    assert facts["savings"]["capacity_from"] == "held-out rows of the training run"
+    assert facts["savings"]["capacity_from"] == "measured on held-out rows of the training run"
     assert facts["routers"]["parameters"] == 2 * model_zoo.HIDDEN_SIZE
     weights = sum(parameter.numel() for parameter in model_zoo.make_base("llama").parameters())
     assert facts["routers"]["share"] == 64 / (weights + 64)
     one_layer = layer_cost(read_config(checkpoint), 16)
     assert facts["savings"]["lengths"][16]["flops_saved"] == pytest.approx(0.8 * one_layer.total)
     text = describe_checkpoint(facts)
-    assert "0.600 on 64 held-out rows" in text
+    assert "0.600 measured on 64 held-out rows" in text
+    assert facts["substitute"] is facts["capacities"] is None
+    assert "substitute   none" in text
+    assert "target       0.75, what training aimed at" in text
+    assert "capacities   no others" in text
     (checkpoint / "results.json").unlink()
     facts = inspect_checkpoint(checkpoint, [16])
     assert facts["savings"]["capacity"] == 0.75
-    assert facts["savings"]["capacity_from"] == "the target"
+    assert facts["savings"]["capacity_from"] == "what training aimed at"
+
+
+def test_substitutes_and_what_it_was_calibrated_for(checkpoint, tmp_path):
+    table = [{"capacity": capacity, "threshold": [threshold] * 2} for capacity, threshold in ((0.5, 0.6), (0.75, 0.4))]
+    settings = replace(
+        make_settings(read_config(checkpoint)),
+        **{"substitute": {"kind": "linear", "rank": [2, 4]}, "capacities": table, "sequence_pooling": "prompt"},
+    )
+    size = model_zoo.HIDDEN_SIZE
+    substitutes = {
+        f"model.layers.{layer}.substitute.{name}": torch.ones(shape)
+        for layer, rank in ((3, 2), (4, 4))
+        for name, shape in (("down", (rank, size)), ("up", (size, rank)), ("bias", (size,)))
+    }
+    routers = {f"model.layers.{layer}.router.weight": torch.ones(1, size) for layer in (3, 4)}
+    write_checkpoint(tmp_path / "with", checkpoint, settings, routers, substitutes=substitutes)
+    facts = inspect_checkpoint(tmp_path / "with", [16])
+    file_size = 4 * size * (2 * (2 + 4) + 2)
+    total = file_size + 4 * sum(p.numel() for p in model_zoo.make_base("llama").parameters()) + 4 * 2 * size
+    expected = {"kind": "linear", "ranks": {3: 2, 4: 4}, "bytes": file_size, "share": file_size / total}
+    assert facts["substitute"] == expected
+    saved = (tmp_path / "with/substitutes.safetensors").stat().st_size
+    assert saved == pytest.approx(file_size, abs=1000), "its header has names"
+    assert facts["capacities"] == [0.5, 0.75]
+    text = describe_checkpoint(facts)
+    assert f"linear, ranks 2 to 4, {file_size / 1024:.1f} KiB, {file_size / total:.2%} of the checkpoint's" in text
+    assert "target       0.75, what it was calibrated for" in text
+    assert "capacities   0.5 0.75 and between, what it was calibrated for; a sequence is decided on its prompt" in text
+    assert "at capacity 0.750 (what it was calibrated for), batch 1, less what the substitutes cost" in text
+    cost = facts["savings"]["lengths"][16]
+    assert cost["flops_of_substitutes"] == pytest.approx(0.25 * 16 * 2 * 2 * size * (2 + 4))
+    (tmp_path / "with/model.safetensors.index.json").unlink()
+    not_built = inspect_checkpoint(tmp_path / "with", [16])["substitute"]
+    assert (not_built["bytes"], not_built["share"]) == (file_size, None)
 
 
 def test_figures_of_use_are_shown_where_the_run_has_them(checkpoint):
@@ -141,8 +207,14 @@ def test_figures_of_use_are_shown_where_the_run_has_them(checkpoint):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use": use}))
     facts = inspect_checkpoint(checkpoint, [16])
     assert facts["trained"]["use"] == use
-    figures = "agreement 0.900 ± 0.013, executed 0.500 ± 0.013, foreign 0.250, on 39 prompts"
+    figures = "agreement 0.900 ± 0.013, executed 0.500 ± 0.013, foreign 0.250, measured in generation on 39 prompts"
     assert f"use          {figures}" in describe_checkpoint(facts)
+    at = {"held_out": {"eval_capacity": 0.912, "eval_loss": 1.95}, "use": use}
+    others = {"capacities": {"0.9": at, "0.8": {"held_out": at["held_out"]}}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | others))
+    text = describe_checkpoint(inspect_checkpoint(checkpoint, [16]))
+    assert "set to 0.9: 0.912 on held-out rows, 0.500 in generation, measured; loss 1.9500" in text
+    assert "set to 0.8: 0.912 on held-out rows, measured; loss 1.9500" in text
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use": {"agreement": 1}}))
     with pytest.raises(UserError, match="not the report of a training run"):
         inspect_checkpoint(checkpoint, [16])

@@ -142,6 +142,25 @@ def test_thresholds_of_layers_hold_for_the_same_routing_only():
     assert make_settings(config, granularity="mlp_token").threshold == 0.5
 
 
+def test_what_was_calibrated_holds_for_the_same_routing_only():
+    table = ({"capacity": 0.5, "threshold": (0.6, 0.6)}, {"capacity": 0.9, "threshold": (0.2, 0.4)})
+    mod = MoDSettings("attn_sequence", (3, 4), threshold=(0.6, 0.6), capacities=table, sequence_pooling="prompt")
+    config = {"model_type": "mod_llama", "num_hidden_layers": 6, "hidden_size": 32, "mod": mod.to_dict()}
+    assert make_settings(config, mod_n=2) == make_settings(config, target_capacity=None) == mod
+    for others in ({"mod_n": 1}, {"mod_n": 3}, {"granularity": "mlp_sequence"}):
+        settings = make_settings(config, **others)
+        assert settings.capacities is settings.sequence_pooling is None
+
+
+@pytest.mark.parametrize("pooling", ["prompt", "all", None])
+def test_what_a_sequence_was_calibrated_on_comes_back_from_json(pooling):
+    settings = MoDSettings("attn_sequence", (1, 3), sequence_pooling=pooling)
+    assert ("sequence_pooling" in settings.to_dict()) == (pooling is not None)
+    assert MoDSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+    with pytest.raises(ValueError, match=r"mod\.sequence_pooling 'promt' .*did you mean 'prompt'"):
+        MoDSettings("attn_sequence", (1, 3), sequence_pooling="promt")
+
+
 def test_settings_come_back_from_json():
     settings = MoDSettings("mlp_token", (1, 3), threshold=0.4, target_capacity=0.5, base_model="tiny")
     assert MoDSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings

@@ -99,6 +99,7 @@ def make_trainer(base_dir, output_dir, granularity="attn_sequence", rows=None, r
         "capacity_control": "hinge",
         "distillation_weight": 0.0,
         "gradient_scale": 0.5,
+        "sequence_pooling": "all",  # as the model decides by itself
         "train_sampling_strategy": "sequential",
         "report_to": "none",
         "save_strategy": "no",
@@ -545,15 +546,10 @@ def test_distillation_is_the_divergence_from_the_dense_model(base_dir, tmp_path)
 
 def test_the_papers_recipe_is_the_published_loss(base_dir, tmp_path):
     """`L_task + lambda * ReLU(capacity - target)`, of a layer in a micro-batch (Eq. 9-10), by hand."""
-    recipe = {"capacity_control": None, "distillation_weight": None, "gradient_scale": None, "recipe": "paper"}
-    trainer = make_trainer(base_dir, tmp_path, target_capacity=0.3, **recipe)
-    args = trainer.args
-    assert (args.capacity_control, args.gradient_scale, args.calibration_rows, trainer.capacity_control) == (
-        "hinge",
-        0.1,
-        0,
-        None,
-    )
+    names = ("capacity_control", "distillation_weight", "gradient_scale", "sequence_pooling")
+    trainer = make_trainer(base_dir, tmp_path, target_capacity=0.3, **dict.fromkeys(names), recipe="paper")
+    assert [getattr(trainer.args, name) for name in names] == ["hinge", 0.0, 0.1, "all"]
+    assert (trainer.args.calibration_rows, trainer.capacity_control) == (0, None)
     batch = trainer.data_collator(make_rows(8))
     tokens = (batch["labels"][:, 1:] != -100).sum()
     trainer._window_sequences = 8
@@ -567,7 +563,8 @@ def test_the_papers_recipe_is_the_published_loss(base_dir, tmp_path):
 
 @pytest.mark.parametrize("execution", ["dense", "sparse"])
 def test_the_prompt_alone_decides_where_it_is_asked_to(base_dir, tmp_path, execution):
-    trainer = make_trainer(base_dir, tmp_path, sequence_pooling="prompt")
+    trainer = make_trainer(base_dir, tmp_path, sequence_pooling=None)
+    assert trainer.args.sequence_pooling == "prompt", "the default recipe's"
     batch = trainer.data_collator(make_rows(4))
     deciding = trainer._deciding_tokens(batch)
     decided = trainer.model(batch["input_ids"], **deciding, execution=execution).router_scores

@@ -33,7 +33,8 @@ ROWS = [{"input_ids": text, "prompt": prompt} for text, prompt in zip(texts((9, 
 def make_trainer(tmp_path, arch="llama", granularity="attn_sequence", **arguments):
     _, model = make_pair(arch, granularity)
     randomize_routers(model, scale=0.7)
-    arguments = {"capacity_control": "hinge", "distillation_weight": 0.0} | arguments
+    # as the model decides by itself
+    arguments = {"capacity_control": "hinge", "distillation_weight": 0.0, "sequence_pooling": "all"} | arguments
     args = RouterTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", global_batch_size=4, disable_tqdm=True, **arguments
     )

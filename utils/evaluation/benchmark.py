@@ -103,7 +103,8 @@ def check_columns(columns: Sequence[Column], token_ids: torch.Tensor, length: in
         if not rounding[flipped].all():
             raise CheckFailedError(f"{name}: sparse and dense execution decide differently")
         compare(f"{name}, sparse against dense", logits, expected, rows=~flipped.flatten(1).any(dim=1))
-        forced = {"all_kept": "dense", "all_skipped": "oracle"}.get(name)
+        nothing_left = "unreplaced" if "unreplaced" in by_name else "all_skipped"
+        forced = {"all_kept": "dense", nothing_left: "oracle"}.get(name)
         if forced:
             compare(f"{name} against {forced}", logits, base[forced], every_row)
     return worst
@@ -131,7 +132,8 @@ def measure_cell(
         progress: called after each repeat, `repeats + 1` times.
 
     Returns:
-        For each column what `summarize` makes of it, and the router's own cost.
+        For each column what `summarize` makes of it, the router's own cost, and, where there are substitutes, the
+        share of a skipped branch's time that is saved in spite of them (`saved_with_substitutes`).
     """
     device = columns[0].model.device
     input_ids = cut_prompts(token_ids, batch, length + decode_tokens).to(device)
@@ -159,12 +161,16 @@ def measure_cell(
     if decode_tokens and settings.level == "token":  # a sequence is routed at prefill alone
         routers["decode"] = decode_tokens * router_seconds(columns, batch, 1, stopwatch, repeats)
     skippable = {phase: skippable_share(model.config, settings, length, phase == "decode") for phase in tokens}
+    with_substitutes = {
+        phase: saved_with_substitutes(seconds[phase]) for phase in tokens if tokens[phase] and settings.substitute
+    }
     return {
         "batch": batch,
         "length": length,
         "decode_tokens": decode_tokens,
         "router_share": {phase: own / statistics.median(seconds[phase]["dense"]) for phase, own in routers.items()},
         "skippable_share_of_branch": skippable,
+        "saved_with_substitutes": with_substitutes,
         "columns": {
             column.name: facts[column.name]
             | {
@@ -213,6 +219,16 @@ def summarize(
             if np.isfinite(list(reached.values())).all():
                 result[key] = reached
     return result
+
+
+def saved_with_substitutes(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Return which share of the time that is saved where everything is skipped substitutes leave, with its interval.
+
+    Args:
+        seconds: column -> seconds of each repeat.
+    """
+    dense, own, without = (np.asarray(seconds[name]) for name in ("dense", "all_skipped", "unreplaced"))
+    return with_interval(partial(_saving_reached, part=1.0), own / dense, without / dense)
 
 
 def _saving_reached(own_to_dense: np.ndarray, reference_to_dense: np.ndarray, part: float) -> np.ndarray:
@@ -289,6 +305,11 @@ def table(cell: dict[str, Any]) -> str:
             )
     shares = ", ".join(f"{share:.2%} of a dense {phase}" for phase, share in cell["router_share"].items())
     lines.append(f"the routers alone: {shares}")
+    for phase, saved in cell["saved_with_substitutes"].items():
+        lines.append(
+            f"saved of a skipped branch's time with a substitute in its place: {saved['median']:.1%} "
+            f"({saved['low']:.1%}-{saved['high']:.1%}) of a {phase}"
+        )
     return "\n".join(lines)
 
 

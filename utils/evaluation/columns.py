@@ -11,7 +11,10 @@ columns without routers have decoder layers that lack the branch, or run it on a
     share_alone  the base class whose routed branches run on as many inputs as `random` keeps, the first ones: what is
                  left to save of them on this machine, without router, gather and mask; its text means nothing
     all_skipped  every router at zero under a higher threshold, which skips everything
+    unreplaced   the same without substitutes, where there are some: the difference is what they cost
     oracle       the base class without the routed layers' branch: what skipping can cost at best
+
+Substitutes are a part of `tuned`, `random` and `all_skipped`, and of no other column.
 """
 
 from collections.abc import Callable
@@ -27,7 +30,7 @@ from utils.model.moe_mod import add_shared_experts
 from utils.model.projections_mod import keys_and_values, queries_of
 from utils.model.routing_mod import MoDRouter
 
-COLUMNS = ("dense", "all_kept", "tuned", "random", "share_alone", "all_skipped", "oracle")
+COLUMNS = ("dense", "all_kept", "tuned", "random", "share_alone", "all_skipped", "unreplaced", "oracle")
 
 SEED = 233
 """Of the decisions of the random column; the layer's index is added."""
@@ -250,7 +253,8 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
         random_share: share of the inputs that the column `random` keeps.
 
     Returns:
-        Columns in the order of `COLUMNS`; all share the parameters of `model` but for the routers.
+        Columns in the order of `COLUMNS`, `unreplaced` where there are substitutes; all share the parameters of
+        `model` but for the routers.
     """
     settings: MoDSettings = model.config.mod_settings
     num_experts = model.config.num_experts if settings.target == "expert" else None
@@ -277,6 +281,8 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
         "all_skipped": routed_twin(model, at_zero, threshold=0.75),
         "oracle": oracle.eval(),
     }
+    if settings.substitute is not None:
+        models["unreplaced"] = routed_twin(model, at_zero, threshold=0.75, substitute=None)
 
     def make_cache(name: str) -> Callable[[], Cache]:
         config = models[name].config
@@ -284,7 +290,7 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
             return lambda: PartialCache(config, attending)
         return lambda: DynamicCache(config=config) if name == "dense" else MoDCache(config)
 
-    return [Column(name, models[name], make_cache(name)) for name in COLUMNS]
+    return [Column(name, models[name], make_cache(name)) for name in COLUMNS if name in models]
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -296,9 +302,9 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     return _share_weights(base_class, base_class.config_class(**fields), model)
 
 
-def routed_twin(model: PreTrainedModel, routers: list[MoDRouter], threshold: float) -> PreTrainedModel:
-    """Return a routed model on the weights of `model`, with routers and a threshold of its own."""
-    settings = replace(model.config.mod_settings, threshold=threshold)
+def routed_twin(model: PreTrainedModel, routers: list[MoDRouter], **changed) -> PreTrainedModel:
+    """Return a routed model on the weights of `model`, with routers and these fields of the settings of its own."""
+    settings = replace(model.config.mod_settings, **changed)
     fields = {name: value for name, value in model.config.to_dict().items() if name not in ("mod", "model_type")}
     twin = _share_weights(type(model), type(model.config)(**fields, mod=settings.to_dict()), model)
     for index, router in zip(settings.layers, routers, strict=True):
@@ -307,7 +313,7 @@ def routed_twin(model: PreTrainedModel, routers: list[MoDRouter], threshold: flo
 
 
 def _share_weights(model_class: type, config, source: PreTrainedModel) -> PreTrainedModel:
-    """Build a model without weights and give it the modules of `source`, routers excepted."""
+    """Build a model without weights and give it the modules of `source` that it has too, routers excepted."""
     config._attn_implementation = source.config._attn_implementation
     with torch.device("meta"):
         model = model_class(config)
@@ -318,6 +324,6 @@ def _share_weights(model_class: type, config, source: PreTrainedModel) -> PreTra
             setattr(inner, name, child)
     for layer, original in zip(inner.layers, shared.layers, strict=True):
         for name, child in original.named_children():
-            if name != "router":
+            if name != "router" and getattr(layer, name, None) is not None:
                 setattr(layer, name, child)
     return model.eval()

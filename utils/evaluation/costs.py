@@ -1,8 +1,8 @@
 """Arithmetic of a routed model: multiplications and KV memory of each layer, and what skipping saves of them.
 
 A multiplication with its addition counts as two operations. Counted are the matrix products of attention and MLP, and
-the language model's head for one token; norms, rotary embeddings and the routers themselves (measured at 0.1% of a
-prefill) are left out. Nothing here is a measurement: that is `benchmark.py`.
+the language model's head for one token, and what stands in for a skipped branch; norms, rotary embeddings and the
+routers themselves (measured at 0.1% of a prefill) are left out. Nothing here is a measurement: that is `benchmark.py`.
 """
 
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ def layer_cost(config: dict[str, Any], length: int, layer: int = 0) -> LayerCost
 def savings(
     config: dict[str, Any], settings: MoDSettings, length: int, capacity: dict[int, float], dtype: str
 ) -> dict[str, float]:
-    """Return what a prefill of one sequence costs, and what skipping saves of it.
+    """Return what a prefill of one sequence costs, and what skipping saves of it, less what substitutes cost.
 
     Args:
         config: a MoD checkpoint's `config.json`.
@@ -92,12 +92,17 @@ def savings(
         dtype: of the keys and values, such as `bfloat16`.
 
     Returns:
-        `flops` and `kv_bytes` of the dense model, `flops_saved` and `kv_bytes_saved` (expected, as numbers).
+        `flops` and `kv_bytes` of the dense model; `flops_saved` and `kv_bytes_saved` (expected, as numbers);
+        `flops_of_substitutes`, which are subtracted from what is saved already.
     """
     costs = [layer_cost(config, length, layer) for layer in range(config["num_hidden_layers"])]
-    flops_saved = kv_saved = 0.0
+    flops_saved = kv_saved = of_substitutes = 0.0
     for layer in settings.layers:
         cost, skipped = costs[layer], 1 - capacity[layer]
+        rank = settings.substitute_rank(layer)
+        if rank is not None:  # that of experts runs on all tokens, as of most an assignment is skipped
+            inputs = float(skipped > 0) if settings.target == "expert" else skipped
+            of_substitutes += inputs * length * 2 * 2 * config["hidden_size"] * rank
         if settings.target in ("attn", "block"):
             flops_saved += skipped * cost.queries
             if settings.level == "sequence":  # token decisions leave keys and values to the tokens that do execute
@@ -109,7 +114,8 @@ def savings(
             flops_saved += skipped * cost.experts
     return {
         "flops": sum(cost.total for cost in costs) + 2 * config["hidden_size"] * config.get("vocab_size", 0),
-        "flops_saved": flops_saved,
+        "flops_saved": flops_saved - of_substitutes,
+        "flops_of_substitutes": of_substitutes,
         "kv_bytes": float(sum(cost.kv_elements for cost in costs) * BYTES[dtype]),
         "kv_bytes_saved": kv_saved,
     }

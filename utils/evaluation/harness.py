@@ -20,7 +20,8 @@ from lm_eval.tasks import TaskManager
 
 from utils.io.files import write_json
 from utils.model.base_identity import digest, identify_model
-from utils.model.checkpoint import is_mod, read_config
+from utils.model.checkpoint import read_config
+from utils.model.configuration_mod import MoDSettings
 from utils.model.lora import ADAPTER_FILES, holds_adapter
 
 from .lm_eval_model import MoDLM
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 SEED = 1234
 """The harness's own default, of the examples that are drawn."""
+
+_NOT_OF_A_RESULT = ("base_model", "capacities", "sequence_pooling")
+"""Settings that a result doesn't follow from, once its capacity and its pool are chosen."""
 
 
 def identify_base(directory: str | Path) -> dict[str, Any]:
@@ -45,12 +49,16 @@ def identify_base(directory: str | Path) -> dict[str, Any]:
     return base | {"adapter": [_file_hash(directory / name) for name in adapter]}
 
 
-def identify_routing(directory: str | Path, pool: str) -> dict[str, Any] | None:
-    """Return what makes a checkpoint's routing: the object `mod` and its routers; None for a dense base."""
-    directory = Path(directory)
-    if not is_mod(read_config(directory)):
-        return None
-    return {"routing": digest(identify_model(directory)["routing"]), "pool": pool}
+def identify_routing(directory: str | Path, settings: MoDSettings, pool: str) -> dict[str, Any]:
+    """Return what makes a checkpoint's routing: a hash of how it decides and of its routers and substitutes.
+
+    Args:
+        settings: the checkpoint's, at the capacity that is evaluated.
+        pool: one of `lm_eval_model.POOLS`.
+    """
+    routing = identify_model(directory)["routing"] | settings.to_dict()
+    routing = {name: value for name, value in routing.items() if name not in _NOT_OF_A_RESULT}
+    return {"routing": digest(routing), "target_capacity": settings.target_capacity, "pool": pool}
 
 
 def identify_task(column: Column, prepared: Prepared, data_dir: Path | None, limit: int | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,26 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from utils.io.errors import UserError
-from utils.model.checkpoint import INDEX_FILE, ROUTER_NAME, check_config, is_mod, make_settings, read_config, weight_map
+from utils.model.checkpoint import (
+    INDEX_FILE,
+    ROUTER_NAME,
+    check_config,
+    is_mod,
+    make_settings,
+    read_config,
+    weight_map,
+)
+from utils.model.configuration_mod import MoDSettings
 
 from .costs import BYTES, number_of_experts, savings
 from .use import FIGURES, text_of
+
+CALIBRATED = "what it was calibrated for"
+_POOLED = {
+    "prompt": "; a sequence is decided on its prompt alone",
+    "all": "; a sequence is decided on prompt and answer, in generation on the prompt",
+}
+SUBSTITUTE_NAME = re.compile(r"^model\.layers\.\d+\.substitute\.")
 
 
 def inspect_checkpoint(
@@ -28,7 +45,9 @@ def inspect_checkpoint(
 
     Returns:
         `base_model`, `granularity`, `layers`, `threshold` (layer -> number, or one for each expert), `routers`,
-        `trained` (what the run measured), `savings` and the like.
+        `substitute` (`kind`, `ranks` by layer, `bytes` and `share` of the file), `capacities` (those that it was
+        calibrated for), `trained` (what the run measured), `savings` and the like; None where there is none of it.
+        The savings are less what substitutes cost.
 
     Raises:
         UserError: the directory is not a MoD checkpoint.
@@ -45,7 +64,7 @@ def inspect_checkpoint(
     measured = _measured(directory, settings.layers)
     given, source = capacity, "as given"
     if given is None and measured is None:
-        given, source = settings.target_capacity, "the target"
+        given, source = settings.target_capacity, _aim(settings)
         if given is None:
             given, source = 0.5, "the paper's, as none was trained for"
     shares = dict.fromkeys(settings.layers, given) if given is not None else measured["layers"]
@@ -59,12 +78,16 @@ def inspect_checkpoint(
         "layers": list(settings.layers),
         "threshold": {layer: settings.threshold_of(layer) for layer in settings.layers},
         "target_capacity": settings.target_capacity,
+        "target_is": _aim(settings),
+        "capacities": settings.capacities and [entry["capacity"] for entry in settings.capacities],
+        "sequence_pooling": settings.sequence_pooling,
         "trained": measured,
         "routers": _routers(directory, config, settings),
+        "substitute": _substitute(directory, config, settings),
         "dtype": dtype,
         "savings": {
             "capacity": sum(shares.values()) / len(shares),
-            "capacity_from": source if given is not None else "held-out rows of the training run",
+            "capacity_from": source if given is not None else "measured on held-out rows of the training run",
             "batch": batch,
             "lengths": {
                 length: {
@@ -78,17 +101,24 @@ def inspect_checkpoint(
 
 def describe_checkpoint(facts: dict[str, Any]) -> str:
     """Return what `inspect_checkpoint` found as text."""
-    routers, saved = facts["routers"], facts["savings"]
+    routers, saved, substitute, capacities = (
+        facts[name] for name in ("routers", "savings", "substitute", "capacities")
+    )
     layers = facts["layers"]
     lines = [
         f"checkpoint   {facts['checkpoint']}",
         f"base         {facts['base_model'] or 'not named'} ({facts['architecture']}, {facts['dtype']})",
         f"granularity  {facts['granularity']}",
         f"layers       {len(layers)} of {facts['num_hidden_layers']}: {' '.join(map(str, layers))}",
-        f"target       {'none' if facts['target_capacity'] is None else facts['target_capacity']}",
+        f"target       {'none' if facts['target_capacity'] is None else facts['target_capacity']}"
+        + ("" if facts["target_capacity"] is None else f", {facts['target_is']}"),
+        "capacities   "
+        + ("no others" if capacities is None else f"{' '.join(map(str, capacities))} and between, {CALIBRATED}")
+        + _POOLED.get(facts["sequence_pooling"], ""),
         f"routers      {routers['parameters']} parameters, {routers['bytes'] / 1024:.1f} KiB"
         + ("" if routers["share"] is None else f", {100 * routers['share']:.4f}% of the model")
         + ("" if routers["built"] else "; the weights are not built yet"),
+        f"substitute   {_describe_substitute(substitute)}",
         "",
     ]
     trained = facts["trained"]
@@ -96,12 +126,16 @@ def describe_checkpoint(facts: dict[str, Any]) -> str:
         lines.append("capacity     no report of a training run here")
     else:
         lines.append(
-            f"capacity     {trained['capacity']:.3f} on {trained['rows']} held-out rows, loss {trained['loss']:.4f} "
-            f"(dense {trained['dense_loss']:.4f})"
+            f"capacity     {trained['capacity']:.3f} measured on {trained['rows']} held-out rows, "
+            f"loss {trained['loss']:.4f} (dense {trained['dense_loss']:.4f})"
         )
         if trained["use"]:
             figures = ", ".join(f"{name} {text_of(trained['use'][name])}" for name in FIGURES)
-            lines.append(f"use          {figures}, on {trained['use']['prompts']} prompts")
+            lines.append(f"use          {figures}, measured in generation on {trained['use']['prompts']} prompts")
+        for capacity, found in trained["at_others"].items():
+            used = "" if found["executed"] is None else f", {found['executed']:.3f} in generation"
+            measured = f"{found['capacity']:.3f} on held-out rows{used}, measured; loss {found['loss']:.4f}"
+            lines.append(f"  set to {capacity}: {measured}")
     shares = trained["layers"] if trained else {}
     lines.append("  layer      " + "".join(f"{layer:>7}" for layer in layers))
     lines.append("  threshold  " + "".join(f"{_mean(facts['threshold'][layer]):>7.3g}" for layer in layers))
@@ -109,7 +143,8 @@ def describe_checkpoint(facts: dict[str, Any]) -> str:
         lines.append("  executed   " + "".join(f"{shares[layer]:>7.2f}" for layer in layers))
     lines += [
         "",
-        f"saved by arithmetic at capacity {saved['capacity']:.3f} ({saved['capacity_from']}), batch {saved['batch']}",
+        f"saved by arithmetic at capacity {saved['capacity']:.3f} ({saved['capacity_from']}), batch {saved['batch']}"
+        + ("" if substitute is None else ", less what the substitutes cost"),
         f"  {'tokens':>8}{'prefill':>12}{'saved':>12}{'':>8}{'KV':>12}{'saved':>12}{'':>8}",
     ]
     for length, cost in saved["lengths"].items():
@@ -119,6 +154,12 @@ def describe_checkpoint(facts: dict[str, Any]) -> str:
             f"{_bytes(cost['kv_bytes_saved']):>12}{cost['kv_bytes_saved'] / cost['kv_bytes']:>8.1%}"
         )
     return "\n".join(lines)
+
+
+def _aim(settings: MoDSettings) -> str:
+    """Say what the target capacity is; never a measurement."""
+    calibrated = [entry["capacity"] for entry in settings.capacities or ()]
+    return CALIBRATED if settings.target_capacity in calibrated else "what training aimed at"
 
 
 def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None:
@@ -137,33 +178,72 @@ def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None
             "capacity": routed["eval_capacity"],
             "layers": {layer: routed[f"eval_capacity/layer_{layer}"] for layer in layers},
             "use": use and {name: use[name] for name in (*FIGURES, "prompts", "max_new_tokens")},
+            "at_others": {
+                capacity: {
+                    "capacity": found["held_out"]["eval_capacity"],
+                    "loss": found["held_out"]["eval_loss"],
+                    "executed": found["use"]["executed"]["mean"] if "use" in found else None,
+                }
+                for capacity, found in report.get("capacities", {}).items()
+            },
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the report of a training run of this checkpoint: {error!r}") from None
 
 
 def _routers(directory: Path, config: dict[str, Any], settings: Any) -> dict[str, Any]:
-    built = any((directory / name).is_file() for name in (INDEX_FILE, "model.safetensors"))
-    share = None
+    built, share = _is_built(directory), None
     if built:
-        sizes: dict[str, int] = {}
-        for name in set(weight_map(directory).values()):
-            sizes |= _elements(directory / name)
-        routers = sum(size for name, size in sizes.items() if ROUTER_NAME.match(name))
-        share = routers / sum(sizes.values())
+        elements = {name: count for name, (count, _) in _sizes(directory).items()}
+        routers = sum(count for name, count in elements.items() if ROUTER_NAME.match(name))
+        share = routers / sum(elements.values())
     else:
         rows = number_of_experts(config) if settings.target == "expert" else 1
         routers = rows * config["hidden_size"] * len(settings.layers)
     return {"parameters": routers, "bytes": 4 * routers, "share": share, "built": built}
 
 
-def _elements(path: Path) -> dict[str, int]:
-    """Return tensor name -> number of elements, for all tensors of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+def _substitute(directory: Path, config: dict[str, Any], settings: MoDSettings) -> dict[str, Any] | None:
+    """Return what stands in for skipped branches, its bytes as they are saved, and their share of all weights'."""
+    if settings.substitute is None:
+        return None
+    ranks = {layer: settings.substitute_rank(layer) for layer in settings.layers}
+    size, share = 4 * sum(config["hidden_size"] * (2 * rank + 1) for rank in ranks.values()), None
+    if _is_built(directory):
+        bytes_of = {name: size for name, (_, size) in _sizes(directory).items()}
+        size = sum(each for name, each in bytes_of.items() if SUBSTITUTE_NAME.match(name))
+        share = size / sum(bytes_of.values())
+    return {"kind": settings.substitute["kind"], "ranks": ranks, "bytes": size, "share": share}
+
+
+def _describe_substitute(substitute: dict[str, Any] | None) -> str:
+    if substitute is None:
+        return "none: a skipped branch returns nothing"
+    low, high = min(substitute["ranks"].values()), max(substitute["ranks"].values())
+    rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    share = "" if substitute["share"] is None else f", {substitute['share']:.2%} of the checkpoint's"
+    return f"{substitute['kind']}, {rank}, {_bytes(substitute['bytes'])}{share}"
+
+
+def _is_built(directory: Path) -> bool:
+    """Tell whether a checkpoint's weights are there."""
+    return any((directory / name).is_file() for name in (INDEX_FILE, "model.safetensors"))
+
+
+def _sizes(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return tensor name -> number of elements and bytes, for all tensors of a checkpoint."""
+    sizes = {}
+    for path in sorted({directory / name for name in weight_map(directory).values()}):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    tensor = file.get_slice(name)
+                    count = math.prod(tensor.get_shape())
+                    bits = re.match(r"[A-Z]+(\d+)", tensor.get_dtype())  # as F32, BF16, F8_E4M3; BOOL takes a byte
+                    sizes[name] = count, count * (int(bits[1]) if bits else 8) // 8
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+    return sizes
 
 
 def _mean(threshold: float | Sequence[float]) -> float:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from utils.io.errors import UserError
-from utils.model.checkpoint import is_mod, load_mod_model, load_tokenizer, read_config
+from utils.model.checkpoint import is_mod, load_mod_model, load_tokenizer, read_config, read_settings
+from utils.model.configuration_mod import MoDSettings
 
 from .capacity import CapacityMeter
 
@@ -29,14 +30,35 @@ POOLS = ("all", "context")
 """What a sequence decision sees in a log-likelihood request: context and continuation, or the context alone."""
 
 
-def load_model(directory: str | Path, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel:
-    """Load a MoD checkpoint or a dense base in evaluation mode; `dtype` auto is the checkpoint's own.
+def choose_pool(settings: MoDSettings, pool: str | None) -> str:
+    """Return what a sequence decision is to see: `pool` if it is given, else what the checkpoint was calibrated for.
 
     Raises:
-        UserError: it is neither, or its weights don't fit.
+        UserError: there is no such pool.
     """
+    if pool is None:
+        return "context" if settings.sequence_pooling == "prompt" else "all"
+    if pool not in POOLS:
+        raise UserError(f"pool {pool!r} is not one of {', '.join(POOLS)}")
+    return pool
+
+
+def load_model(
+    directory: str | Path, dtype: str = "auto", capacity: float | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a MoD checkpoint or a dense base in evaluation mode.
+
+    Args:
+        dtype: auto is the checkpoint's own.
+        capacity: another than the checkpoint's own, which it was calibrated for.
+        **kwargs: of `from_pretrained`.
+
+    Raises:
+        UserError: it is neither, its weights don't fit, or it wasn't calibrated for this capacity.
+    """
+    settings = read_settings(directory, capacity)
     if is_mod(read_config(directory)):
-        return load_mod_model(directory, dtype=dtype, **kwargs).eval()
+        return load_mod_model(directory, settings, dtype=dtype, **kwargs).eval()
     try:
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **kwargs).eval()
     except (OSError, ValueError) as error:
@@ -51,7 +73,9 @@ class MoDLM(HFLM):
         pretrained: a checkpoint's directory, or a loaded model.
         tokenizer: default the checkpoint's; needed with a loaded model.
         pool: `all`, as published: in a log-likelihood request a sequence decision sees context and continuation;
-            `context`: the context alone, as in generation.
+            `context`: the context alone, as in generation. Default: the one that the checkpoint was calibrated for,
+            `all` where it doesn't say.
+        capacity: where `pretrained` is a directory, another share to execute than the checkpoint's own.
         route: False evaluates the dense base of a routed model.
         device, dtype: where `pretrained` is a directory.
         batch_size: an integer.
@@ -62,28 +86,31 @@ class MoDLM(HFLM):
         self,
         pretrained: str | Path | PreTrainedModel,
         tokenizer: Any = None,
-        pool: str = "all",
+        pool: str | None = None,
+        capacity: float | None = None,
         route: bool = True,
         device: str | None = None,
         dtype: str = "auto",
         batch_size: int | str | None = 1,
         **kwargs: Any,
     ):
-        if pool not in POOLS:
-            raise UserError(f"pool {pool!r} is not one of {', '.join(POOLS)}")
         if not str(batch_size or 1).isdigit():
             raise UserError(f"batch_size {batch_size!r} must be a number: with --model mod it changes no result")
-        if not isinstance(pretrained, PreTrainedModel):
+        if isinstance(pretrained, PreTrainedModel):
+            if capacity is not None:
+                raise UserError(f"capacity {capacity}: a loaded model is set by its `set_capacity`; leave it out")
+        else:
+            choose_pool(read_settings(pretrained, capacity), pool)  # refused before anything is loaded
             tokenizer = tokenizer or load_tokenizer(pretrained)
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            pretrained = load_model(pretrained, dtype).to(device)
+            pretrained = load_model(pretrained, dtype, capacity).to(device)
         super().__init__(
             pretrained=pretrained, tokenizer=tokenizer, backend="causal", batch_size=int(batch_size or 1), **kwargs
         )
         settings = getattr(pretrained, "mod_settings", None)
         self.route = route and settings is not None
         self._options = {} if settings is None else {"route": self.route}
-        self._pools_context = pool == "context" and self.route and settings.level == "sequence"
+        self._pools_context = self.route and settings.level == "sequence" and choose_pool(settings, pool) == "context"
         self.meter = CapacityMeter(pretrained) if self.route else None
 
     def _loglikelihood_tokens(

@@ -148,6 +148,9 @@ def make_settings(
             known = dict(zip(settings.layers, settings.threshold, strict=True)) if same else {}
             layers = given.get("layers", settings.layers)
             given.setdefault("threshold", tuple(known.get(layer, 0.5) for layer in layers) if known else 0.5)
+        others = (given.get(name, getattr(settings, name)) for name in ("granularity", "layers"))
+        if tuple(others) != (settings.granularity, settings.layers):  # these were calibrated for no others either
+            given |= {"capacities": None, "sequence_pooling": None}
         settings = replace(settings, **given)
         if settings.granularity == EXPERT_GRANULARITY:
             _config_object(config, settings)  # knows which layers have experts
@@ -156,6 +159,28 @@ def make_settings(
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def read_settings(directory: str | Path, capacity: float | None = None) -> MoDSettings:
+    """Return a MoD checkpoint's settings, at another capacity where one is given.
+
+    Args:
+        directory: MoD checkpoint; without a capacity a dense base will do, with `make_settings`' defaults.
+
+    Raises:
+        UserError: the checkpoint was not calibrated for the capacity (the message has those that it was calibrated
+            for), or is dense.
+    """
+    config = read_config(directory)
+    settings = make_settings(config)
+    if capacity is None:
+        return settings
+    if not is_mod(config):
+        raise UserError(f"{directory}: a dense model routes nothing, so it has no capacity to set; leave it out")
+    try:
+        return settings.at_capacity(capacity)
+    except ValueError as error:
+        raise UserError(f"{directory}: {error}") from None
 
 
 def router_name(layer: int) -> str:

@@ -33,6 +33,9 @@ ALL_GRANULARITIES = (*GRANULARITIES, EXPERT_GRANULARITY)
 SUBSTITUTES = ("linear",)
 """What can stand in for a skipped branch: a low-rank linear map of its normed input (`substitute_mod.py`)."""
 
+SEQUENCE_POOLINGS = ("prompt", "all")
+"""Whose mean decides for a sequence: the prompt's tokens, which are what generation sees, or all, as published."""
+
 EXECUTIONS = ("dense", "sparse")
 """`dense` computes everything and multiplies by the mask; `sparse` leaves out what the mask drops."""
 
@@ -99,6 +102,8 @@ class MoDSettings:
             number or one for each routed layer; None for nothing, as published.
         capacities: what else the routers can execute, `{"capacity": 0.75, "threshold": [...]}` for each capacity that
             they were calibrated for, ascending; None where they weren't. `at_capacity` chooses.
+        sequence_pooling: one of `SEQUENCE_POOLINGS`, what a sequence's routers and thresholds were trained and
+            calibrated on; None where not trained, and for tokens. The model itself pools what it is given.
     """
 
     granularity: str
@@ -108,6 +113,7 @@ class MoDSettings:
     base_model: str | None = None
     substitute: dict[str, Any] | None = None
     capacities: tuple[dict[str, Any], ...] | None = None
+    sequence_pooling: str | None = None
 
     def __post_init__(self):
         check_choice("granularity", self.granularity, ALL_GRANULARITIES)
@@ -129,6 +135,8 @@ class MoDSettings:
         self._check_substitute()
         if self.capacities is not None:
             self._check_capacities()
+        if self.sequence_pooling is not None:
+            check_choice("mod.sequence_pooling", self.sequence_pooling, SEQUENCE_POOLINGS)
 
     def _check_capacities(self) -> None:
         entries = tuple(self.capacities) if isinstance(self.capacities, list | tuple) else ()
@@ -202,7 +210,7 @@ class MoDSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into `config.json`."""
         values = {field.name: _as_lists(getattr(self, field.name)) for field in fields(self)}
-        for name in ("substitute", "capacities"):
+        for name in ("substitute", "capacities", "sequence_pooling"):
             if values[name] is None:
                 del values[name]
         return values

@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from utils.io.errors import UserError, suggest
-from utils.model.configuration_mod import EXPERT_GRANULARITY, SUBSTITUTES
+from utils.model.configuration_mod import EXPERT_GRANULARITY, SEQUENCE_POOLINGS, SUBSTITUTES
 
 from .processes import deepspeed_was_asked_for, prepare_deepspeed, zero_stage
 
@@ -25,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "calibration_rows": 64,
         "gradient_scale": 0.3,
         "substitute": "linear",
+        "sequence_pooling": "prompt",
     },
     "paper": {
         "capacity_control": "hinge",
@@ -34,6 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "gradient_scale": 0.1,
         "learning_rate": 1e-4,
         "substitute": "none",
+        "sequence_pooling": "all",
     },
 }
 """What arguments are where they are not given."""
@@ -136,9 +138,9 @@ class RouterTrainingArguments(TrainingArguments):
         metadata={
             "help": "What the other arguments are where they are not given. default: capacity_control by the "
             "granularity, distillation_weight 1 (0 where the backbone trains), calibration_rows 64, substitute "
-            "linear. paper: "
-            "capacity_control hinge with capacity_scope layer, distillation_weight 0, calibration_rows 0, "
-            "substitute none, learning_rate 1e-4 and gradient_scale 0.1 (of the paper's grid)."
+            "linear, sequence_pooling prompt. paper: "
+            "capacity_control hinge with capacity_scope layer, distillation_weight 0, calibration_rows 0, substitute "
+            "none, sequence_pooling all, learning_rate 1e-4 and gradient_scale 0.1 (of the paper's grid)."
         },
     )
     capacity_control: str | None = field(
@@ -191,11 +193,12 @@ class RouterTrainingArguments(TrainingArguments):
             "memory with rows x routed layers x hidden size x 4 bytes."
         },
     )
-    sequence_pooling: str = field(
-        default="all",
+    sequence_pooling: str | None = field(
+        default=None,
         metadata={
-            "help": "Tokens whose mean decides for a sequence in training and evaluation: all (published), or prompt "
-            "(those before the first supervised one: what generation sees)."
+            "help": "Tokens whose mean decides for a sequence in training, calibration and evaluation: prompt (those "
+            "before the first supervised one: what generation sees), or all (published). Default: prompt, the paper's "
+            "recipe all."
         },
     )
     router_init: str = field(
@@ -427,7 +430,7 @@ class RouterTrainingArguments(TrainingArguments):
         if self.substitute_rank is not None and self.substitute_rank < 1:
             raise UserError(f"substitute_rank {self.substitute_rank} must lie between 1 and the hidden size")
         _choice("router_init", self.router_init, ("zero", "importance"))
-        _choice("sequence_pooling", self.sequence_pooling, ("all", "prompt"))
+        _choice("sequence_pooling", self.sequence_pooling, SEQUENCE_POOLINGS)
         if not (math.isfinite(self.gradient_scale) and self.gradient_scale >= 0.0):
             raise UserError(f"gradient_scale {self.gradient_scale} must be a number that is not negative")
         for name in ("learning_rate", "router_learning_rate", "substitute_learning_rate", "weight_decay"):
