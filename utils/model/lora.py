@@ -77,7 +77,7 @@ def add_lora(
         name.rsplit(".", 1)[-1]
         for name, module in model.get_decoder().layers.named_modules()
         if isinstance(module, torch.nn.Linear)
-    } - {"router"}
+    }
     for name in targets or ():
         if name not in linear:
             raise UserError(

@@ -86,8 +86,10 @@ class Routing:
     decisions: dict[int, Decision] = field(default_factory=dict)
 
 
-class MoDRouter(nn.Linear):
+class MoDRouter(nn.Module):
     """Score an input: no bias, float32 (Eq. 1). Starts at zero, which keeps everything.
+
+    Not an `nn.Linear`: adapters and quantization that look for these are to leave decisions alone.
 
     Args:
         hidden_size: of the inputs.
@@ -95,11 +97,9 @@ class MoDRouter(nn.Linear):
     """
 
     def __init__(self, hidden_size: int, num_experts: int | None = None):
-        super().__init__(hidden_size, num_experts or 1, bias=False, dtype=torch.float32)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts or 1, hidden_size, dtype=torch.float32))
         self.num_experts = num_experts
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
 
     def _apply(self, fn, recurse: bool = True):
         # `model.to(torch.bfloat16)` and the like move the weight and leave it float32
