@@ -42,16 +42,83 @@ NUM_MACHINES="${NUM_MACHINES:-1}"
 MACHINE_RANK="${MACHINE_RANK:-0}"
 MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-}"
 PORT="${PORT:-0}" # 0: any free one; several machines need the same one
-for field in MAX_TRAIN_SAMPLES MAX_SEQ_LENGTH MOD_N GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE NUM_PROCESSES NUM_MACHINES \
-  MACHINE_RANK PORT SEED; do
-  [[ "${!field:-0}" =~ ^[0-9]+$ ]] || die "$field=${!field}: not a whole number"
+GRANULARITIES=(attn_sequence attn_token mlp_sequence mlp_token block_sequence block_token expert_token)
+
+# A wrong value is told now, before anything is installed or loaded. What depends on the model is told by finetune_mod.py.
+one_of() { # FIELD ALLOWED...: empty is allowed too
+  local field="$1" value="${!1:-}" allowed
+  shift
+  for allowed in "" "$@"; do [[ "$value" != "$allowed" ]] || return 0; done
+  die "$field=$value: allowed are $*"
+}
+whole() { # FIELD FROM TO
+  local value="${!1:-}"
+  [[ -n "$value" ]] || return 0
+  [[ "$value" =~ ^(0|[1-9][0-9]{0,17})$ ]] || die "$1=$value: not a whole number"
+  ((value >= $2 && value <= $3)) || die "$1=$value: must lie between $2 and $3"
+}
+number() { # FIELD CONDITION WORDS: of x, in awk
+  local value="${!1:-}"
+  [[ -n "$value" ]] || return 0
+  [[ "$value" =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ ]] || die "$1=$value: not a number ($3)"
+  awk -v x="$value" "BEGIN { exit !($2) }" || die "$1=$value: must be $3"
+}
+for field in FOLDER_NAME DATA_TYPE; do
+  [[ "${!field}" =~ ^[^/]+$ && "${!field}" != . && "${!field}" != .. ]] ||
+    die "$field=${!field}: not a plain name, of a folder"
 done
-[[ "${DRY_RUN:-0}" =~ ^[01]$ ]] || die "DRY_RUN=$DRY_RUN: allowed are 0 and 1"
+one_of GRANULARITY "${GRANULARITIES[@]}"
+one_of ROUTER_ONLY true false
+one_of RECIPE default paper
+one_of DRY_RUN 0 1
+for field in MAX_TRAIN_SAMPLES MAX_SEQ_LENGTH MOD_N GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE NUM_PROCESSES NUM_MACHINES; do
+  whole "$field" 1 1000000000
+done
+whole SEED 0 4294967295
+whole PORT 0 65535
+whole MACHINE_RANK 0 1000000
+number TARGET_CAPACITY "x <= 1" "a number from 0 to 1"
+number NUM_EPOCHS "x > 0" "a number above 0"
+for field in GRADIENT_SCALE LEARNING_RATE WARMUP WEIGHT_DECAY; do
+  number "$field" "x < 1e300" "a number that is not negative"
+done
 if ((NUM_MACHINES > 1)) && [[ -z "$MAIN_PROCESS_IP" || "$PORT" == 0 || -z "${OUTPUT_DIR:-}" ]]; then
   die "NUM_MACHINES=$NUM_MACHINES needs MAIN_PROCESS_IP, PORT and OUTPUT_DIR, the same on every machine"
 fi
-if [[ -n "$TRAIN_FILE" ]]; then DATA_TYPE="$(basename "$TRAIN_FILE" .jsonl)"; fi
+((MACHINE_RANK < NUM_MACHINES)) || die "MACHINE_RANK=$MACHINE_RANK: the machines are numbered 0 to $((NUM_MACHINES - 1))"
+[[ -z "$BASE_MODEL" || "$BASE_MODEL" != */*/* && "$BASE_MODEL" != [./~]* || -d "$BASE_MODEL" ]] ||
+  die "BASE_MODEL=$BASE_MODEL: no such directory, and no name on the hub"
+[[ ! -e "${OUTPUT_DIR:-/nothing}" || -d "$OUTPUT_DIR" ]] || die "OUTPUT_DIR=$OUTPUT_DIR: is a file; choose another"
+[[ -z "${ACCELERATE_CONFIG:-}" || -f "$ACCELERATE_CONFIG" ]] ||
+  die "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file; see configs/accelerate"
+if [[ -n "$TRAIN_FILE" ]]; then
+  [[ -f "$TRAIN_FILE" ]] || die "TRAIN_FILE=$TRAIN_FILE: no such file"
+  DATA_TYPE="$(basename "$TRAIN_FILE" .jsonl)"
+elif [[ "$DATA_TYPE" == mixed ]]; then
+  [[ -f "$root/data/mixed/data.jsonl" ]] ||
+    die "$root/data/mixed/data.jsonl: no such file; make it with \`bash scripts/data/mix.sh\`"
+elif [[ "$DATA_TYPE" != alpaca && ! -f "$root/data/reformatted/$DATA_TYPE/data.jsonl" && ! -d "$root/data/raw/$DATA_TYPE" ]]; then
+  die "DATA_TYPE=$DATA_TYPE: neither data/reformatted/$DATA_TYPE/data.jsonl nor data/raw/$DATA_TYPE is there; see the" \
+    "README, Data"
+fi
 OUTPUT_DIR="${OUTPUT_DIR:-$root/outputs/$FOLDER_NAME/$DATA_TYPE-$(date +%Y%m%d-%H%M%S)-$(od -An -N3 -tx1 /dev/urandom | tr -d ' ')}"
+
+# Hardware: a number of processes that fits
+count_gpus() {
+  local there
+  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]] && ((there > 0)); then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9A-Za-z]' || true # -1 hides all
+  else
+    echo "$there"
+  fi
+}
+gpus="$(count_gpus)"
+NUM_PROCESSES="${NUM_PROCESSES:-$(((gpus > 0 ? gpus : 1) * NUM_MACHINES))}"
+((NUM_PROCESSES >= NUM_MACHINES)) ||
+  die "NUM_PROCESSES=$NUM_PROCESSES: too few for NUM_MACHINES=$NUM_MACHINES, as it counts those of all machines"
+((gpus == 0 || NUM_PROCESSES <= gpus * NUM_MACHINES)) ||
+  die "NUM_PROCESSES=$NUM_PROCESSES: there are $gpus GPUs on each of $NUM_MACHINES machines, one process for each"
 
 # shellcheck source=scripts/setup_env.sh
 source "$root/scripts/setup_env.sh"
@@ -67,24 +134,7 @@ for name in sorted(set(sys.stdin.read().split()) - fields):
 ' "${BASH_SOURCE[0]}")"
 [[ -z "$misspelt" ]] || die "$misspelt"
 
-# Hardware: an accelerate config, a number of processes, and batches that fit
-count_gpus() {
-  local there
-  there="$({ nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true)"
-  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]] && ((there > 0)); then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9A-Za-z]' || true # -1 hides all
-  else
-    echo "$there"
-  fi
-}
-gpus="$(count_gpus)"
-((NUM_MACHINES > 0)) || die "NUM_MACHINES=0: at least one machine is needed"
-((MACHINE_RANK < NUM_MACHINES)) || die "MACHINE_RANK=$MACHINE_RANK: the machines are numbered 0 to $((NUM_MACHINES - 1))"
-NUM_PROCESSES="${NUM_PROCESSES:-$(((gpus > 0 ? gpus : 1) * NUM_MACHINES))}"
-((NUM_PROCESSES >= NUM_MACHINES)) ||
-  die "NUM_PROCESSES=$NUM_PROCESSES: too few for NUM_MACHINES=$NUM_MACHINES, as it counts those of all machines"
-((gpus == 0 || NUM_PROCESSES <= gpus * NUM_MACHINES)) ||
-  die "NUM_PROCESSES=$NUM_PROCESSES: there are $gpus GPUs on each of $NUM_MACHINES machines, one process for each"
+# An accelerate config, and batches that fit
 arguments=()
 if ((gpus > 0)); then
   MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-2048}"
@@ -106,30 +156,21 @@ fi
 if ((NUM_PROCESSES > 1)); then config=ddp; fi
 if ((NUM_MACHINES > 1)); then config=ddp_multinode; fi
 ACCELERATE_CONFIG="${ACCELERATE_CONFIG:-$root/configs/accelerate/$config.yaml}"
-[[ -f "$ACCELERATE_CONFIG" ]] || die "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file; see configs/accelerate"
 
 # Data
-if [[ -n "$TRAIN_FILE" ]]; then
-  [[ -f "$TRAIN_FILE" ]] || die "TRAIN_FILE=$TRAIN_FILE: no such file"
-else
-  if [[ "$DATA_TYPE" == mixed ]]; then
-    TRAIN_FILE="$root/data/mixed/data.jsonl"
-    [[ -f "$TRAIN_FILE" ]] || die "$TRAIN_FILE: no such file; make it with \`bash scripts/data/mix.sh\`"
+if [[ -z "$TRAIN_FILE" && "$DATA_TYPE" == mixed ]]; then
+  TRAIN_FILE="$root/data/mixed/data.jsonl"
+elif [[ -z "$TRAIN_FILE" ]]; then
+  TRAIN_FILE="$root/data/reformatted/$DATA_TYPE/data.jsonl"
+  if [[ -f "$TRAIN_FILE" ]]; then
+    :
+  elif [[ -d "$root/data/raw/$DATA_TYPE" ]]; then
+    python "$root/entrypoints/data/reformat_datasets.py" --datasets "$DATA_TYPE"
   else
-    TRAIN_FILE="$root/data/reformatted/$DATA_TYPE/data.jsonl"
-    if [[ -f "$TRAIN_FILE" ]]; then
-      :
-    elif [[ -d "$root/data/raw/$DATA_TYPE" ]]; then
-      python "$root/entrypoints/data/reformat_datasets.py" --datasets "$DATA_TYPE"
-    elif [[ "$DATA_TYPE" == alpaca ]]; then
-      echo "No data in data/raw/alpaca: using the embedded sample, data/sample/alpaca" >&2
-      TRAIN_FILE="$root/data/sample/reformatted/alpaca/data.jsonl"
-      python "$root/entrypoints/data/reformat_datasets.py" --datasets alpaca \
-        --raw_data_root "$root/data/sample" --save_path "$root/data/sample/reformatted"
-    else
-      die "DATA_TYPE=$DATA_TYPE: neither data/reformatted/$DATA_TYPE/data.jsonl nor data/raw/$DATA_TYPE is there; see" \
-        "the README, Data"
-    fi
+    echo "No data in data/raw/alpaca: using the embedded sample, data/sample/alpaca" >&2
+    TRAIN_FILE="$root/data/sample/reformatted/alpaca/data.jsonl"
+    python "$root/entrypoints/data/reformat_datasets.py" --datasets alpaca \
+      --raw_data_root "$root/data/sample" --save_path "$root/data/sample/reformatted"
   fi
 fi
 

@@ -289,3 +289,35 @@ class TestMistakes:
             args = RouterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **arguments)
             args.choose_learning_rate(64)
             assert (args.learning_rate, args.router_learning_rate) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"),
+            r"missing weights: model\.layers\.0\.mlp\.up",
+        ),
+        (lambda weights: weights.update(extra=torch.ones(1)), "unexpected weights: extra"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(3)}),
+            r"model\.norm\.weight has the shape \[3\]",
+        ),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused_by_plain_transformers_beside_an_adapter_too(
+    base_dir, tmp_path, change, message
+):
+    trainer = make_trainer(base_dir, tmp_path / "run")
+    save(trainer, base_dir, tmp_path / "out")
+    path = tmp_path / "out/base.safetensors"
+    weights = load_file(path)
+    path.unlink()  # it is a link
+    change(weights)
+    save_file(weights, path)
+    index = tmp_path / "out/model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    routers = {name: place for name, place in places["weight_map"].items() if place != path.name}
+    index.write_text(json.dumps(places | {"weight_map": dict.fromkeys(weights, path.name) | routers}))
+    with pytest.raises(ValueError, match=message):
+        type(trainer.model).from_pretrained(tmp_path / "out")

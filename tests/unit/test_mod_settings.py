@@ -189,3 +189,15 @@ def test_a_config_comes_back_from_its_file_with_the_fields_of_the_base(arch, gra
 
 def test_inference_drops_the_routing_outputs_with_the_cache():
     assert {"past_key_values", "router_scores", "router_gates"} <= set(MoDLlamaConfig.keys_to_ignore_at_inference)
+
+
+def test_more_layers_keep_the_thresholds_that_are_there_and_those_that_start_anew_are_said(caplog):
+    mod = MoDSettings("attn_token", (3, 4), threshold=(0.25, 0.75)).to_dict()
+    config = {"model_type": "mod_llama", "num_hidden_layers": 6, "hidden_size": 4, "mod": mod}
+    assert make_settings(config).threshold == (0.25, 0.75)
+    assert not caplog.records
+    assert make_settings(config, mod_n=4).threshold == (0.5, 0.5, 0.25, 0.75)
+    assert "the thresholds of layers [1, 2] start at 0.5" in caplog.text
+    assert "layers [3, 4] keep theirs" in caplog.text
+    assert make_settings(config, granularity="mlp_token").threshold == 0.5
+    assert "the thresholds of layers [3, 4] start at 0.5" in caplog.text

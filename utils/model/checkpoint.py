@@ -143,11 +143,18 @@ def make_settings(
             "base_model": base_model,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        if isinstance(settings.threshold, tuple):  # those of single routers hold for no others
+        if isinstance(settings.threshold, tuple) and threshold is None:  # those of single routers hold for no others
             same = given.get("granularity", settings.granularity) == settings.granularity
             known = dict(zip(settings.layers, settings.threshold, strict=True)) if same else {}
             layers = given.get("layers", settings.layers)
-            given.setdefault("threshold", tuple(known.get(layer, 0.5) for layer in layers) if known else 0.5)
+            given["threshold"] = tuple(known.get(layer, 0.5) for layer in layers) if known else 0.5
+            if reset := [layer for layer in layers if layer not in known]:
+                kept = [layer for layer in layers if layer in known]
+                logger.warning(
+                    "the thresholds of layers %s start at 0.5, as none were calibrated for them%s",
+                    reset,
+                    f"; layers {kept} keep theirs" if kept else "",
+                )
         others = (given.get(name, getattr(settings, name)) for name in ("granularity", "layers"))
         if tuple(others) != (settings.granularity, settings.layers):  # these were calibrated for no others either
             given |= {"capacities": None, "sequence_pooling": None}

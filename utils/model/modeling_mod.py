@@ -15,6 +15,7 @@ from transformers import (
     LlamaModel,
     MistralForCausalLM,
     MistralModel,
+    PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen3ForCausalLM,
@@ -131,15 +132,23 @@ class MoDPreTrainedMixin:
             raise ValueError(f"{args[0]} holds a LoRA adapter, which needs peft: pip install peft")
         # transformers' own error over a shape doesn't name the weight
         model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-        if not ignore_mismatched_sizes:
-            for name, found, expected in sorted(info["mismatched_keys"]):
-                raise ValueError(f"{name} has the shape {list(found)} in the checkpoint, not {list(expected)}")
-        for problem in ("missing", "unexpected"):
-            names = sorted(info[f"{problem}_keys"])
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise ValueError(f"the checkpoint has {problem} weights: {', '.join(names[:3])}{more}")
+        for loaded in (model.__dict__.pop("_loaded_base", info), info):
+            if not ignore_mismatched_sizes:
+                for name, found, expected in sorted(loaded["mismatched_keys"]):
+                    raise ValueError(f"{name} has the shape {list(found)} in the checkpoint, not {list(expected)}")
+            for problem in ("missing", "unexpected"):
+                names = sorted(loaded[f"{problem}_keys"])
+                if names:
+                    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                    raise ValueError(f"the checkpoint has {problem} weights: {', '.join(names[:3])}{more}")
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # where an adapter follows, transformers reports on its weights alone (5.23); `from_pretrained` takes this away
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        model._loaded_base = loading_info.to_dict()
+        return loading_info
 
     def router_modules(self) -> dict[int, MoDRouter]:
         """Return layer index -> router, ascending."""

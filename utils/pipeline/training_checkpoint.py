@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from utils.io.errors import UserError
@@ -205,7 +206,7 @@ class TrainingCheckpoints:
                 super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 self._put_in_place(self._staging / final.name, final)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             problem = _writing_problem(error)
             if not agree:  # this process ends at once, and the launcher or the broken connection ends the others
                 self._end_with(final, [problem])
@@ -326,10 +327,12 @@ def _save(value: Any, path: Path) -> None:
         file.write(content.getbuffer())
 
 
-def _writing_problem(error: OSError | RuntimeError) -> str:
+def _writing_problem(error: OSError | RuntimeError | SafetensorError) -> str:
     """Return what kept a file from being written; raises the error again if it isn't of that kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return " ".join(str(error).split())
     if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):  # torch's way to say so
         return "is the disk full?"
     if "onnection closed by peer" in str(error) or "onnection reset by peer" in str(error):
