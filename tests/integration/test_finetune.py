@@ -172,7 +172,7 @@ class TestMistakes:
             (["--target_capacity", "1.5"], "target_capacity 1.5 must be above 0 and at most 1"),
             (["--train_file", "nowhere.jsonl"], "train_file nowhere.jsonl: no such file"),
             (["--model_name_or_path", "./nowhere"], "./nowhere"),
-            (["--capacity_control", "budget", "--router_dir", "ckpt"], "no routers.safetensors"),
+            (["--capacity_control", "budget", "--router_dir", "ckpt"], "router_dir ckpt: no such file"),
             (["--learning_rate", "-1"], "learning_rate -1.0"),
             (["--gradient_scale", "nan"], "gradient_scale nan"),
             (["--capacity_control", "regression", "--router_dir", "."], "router_dir: capacity_control regression"),
