@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,16 +15,13 @@ from utils.model.routing_mod import Decision, MoDRouter
 from utils.pipeline.calibration import (
     LARGEST_CUT,
     calibrate,
-    calibrate_parts,
-    calibrate_table,
     fold,
-    fold_table,
     pack_reference,
     settle,
     settled_cuts,
     unpack_reference,
 )
-from utils.pipeline.capacity_control import PARTS, BudgetControl, RouterMoments, router_moments, row_keys, uniform
+from utils.pipeline.capacity_control import BudgetControl, RouterMoments, row_keys, uniform
 from utils.pipeline.losses import capacity_hinge
 from utils.pipeline.regression_control import RegressionControl, ridge
 
@@ -42,13 +38,8 @@ def toy_inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def moments_of(features: torch.Tensor) -> RouterMoments:
-    """Return the moments of inputs of which nothing tells the part."""
-    return RouterMoments(features.mean(dim=0), features.std(dim=0), torch.zeros(len(PARTS), HIDDEN + 1))
-
-
-def settled(control: BudgetControl) -> dict:
-    """Return layer index -> cut and unit of a control without parts."""
-    return control.settle({layer: router.weight.detach() for layer, router in control.routers.items()})[1]
+    """Return the moments of router inputs."""
+    return RouterMoments(features.mean(dim=0), features.std(dim=0))
 
 
 def make_control(target: float) -> BudgetControl:
@@ -66,7 +57,7 @@ def window(control: BudgetControl, step: int) -> torch.Tensor:
     decisions = {layer: rule(layer, features) for layer in control.routers}
     loss = sum(COSTS[layer] * factors * (1 - of.gates) ** 2 for layer, of in decisions.items()).mean()
     capacity = torch.stack([of.scores for of in decisions.values()]).mean()
-    return loss + control.loss(capacity[None])
+    return loss + control.loss(capacity)
 
 
 def train(control: BudgetControl, first: int, last: int, steps: int = 150) -> None:
@@ -84,7 +75,7 @@ def train(control: BudgetControl, first: int, last: int, steps: int = 150) -> No
 def kept(control: BudgetControl) -> dict[int, torch.Tensor]:
     """Return what the thresholds that the control has come to keep of unseen rows, bool [ROWS] by layer."""
     features, _ = toy_inputs(10_000)
-    cuts = settled(control)
+    cuts = control.cuts()
     with torch.no_grad():
         return {layer: router(features) >= cuts[layer][0] for layer, router in control.routers.items()}
 
@@ -108,7 +99,7 @@ def test_the_push_on_the_routers_differs_between_targets():
     for target in (0.9, 0.5):
         control = make_control(target)
         train(control, 0, 40)
-        intercepts[target] = control.shifts[0]
+        intercepts[target] = control.shift
     assert intercepts[0.5] > intercepts[0.9] + 0.5
 
     def gradient(target: float, scope: str) -> torch.Tensor:
@@ -128,19 +119,19 @@ def test_the_price_is_where_a_common_shift_gains_nothing():
     for step in range(30):
         ids = torch.arange(4000).view(1000, 4) + 10_000 * step
         decision = control.rule(ids, torch.ones_like(ids))(0, torch.zeros(1000, HIDDEN))
-        (0.7 * (1 - decision.gates).mean() + control.loss(decision.scores.mean()[None])).backward()
+        (0.7 * (1 - decision.gates).mean() + control.loss(decision.scores.mean())).backward()
         control.intercepts.grad = None
         control.step(1.0, 1.0, Accelerator(cpu=True))
-    assert control.prices[0] == pytest.approx(0.7, rel=0.1)
-    assert float(torch.sigmoid(control.intercepts.detach() - control.shifts[0])) == pytest.approx(0.5, abs=0.02)
+    assert control.price == pytest.approx(0.7, rel=0.1)
+    assert float(torch.sigmoid(control.intercepts.detach() - control.shift)) == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_gradient_through_a_drawn_gate_is_that_of_the_expected_loss():
     """Of a quadratic loss the trapezoid rule is exact: `dE/dz = p (1 - p) (L(1) - L(0))`."""
     control = BudgetControl({0: MoDRouter(HIDDEN)}, 0.5)
-    moments = RouterMoments(torch.zeros(HIDDEN), torch.ones(HIDDEN), torch.zeros(len(PARTS), HIDDEN + 1))
+    moments = RouterMoments(torch.zeros(HIDDEN), torch.ones(HIDDEN))
     control.begin({0: moments}, lambda layer: 0.5)
-    control.shifts = [1.5]
+    control.shift = 1.5
     ids = torch.arange(400_000).view(100_000, 4)
     decision = control.rule(ids, torch.ones_like(ids))(0, torch.zeros(100_000, HIDDEN))
     (3.0 * (1 - decision.gates) ** 2).mean().backward()
@@ -175,15 +166,15 @@ def test_an_experts_cut_keeps_what_its_own_intercept_does():
     with torch.no_grad():
         control.routers[0].weight.normal_(generator=torch.Generator().manual_seed(0))
         control.intercepts += torch.tensor([[-3.0, -1.0, 2.0]])
-        control.shifts = [1.0]
-        kept = control.centred(0, features) >= control.shifts[0]
-        cuts, _ = settled(control)[0]
+        control.shift = 1.0
+        kept = control.centred(0, features) >= control.shift
+        cuts, _ = control.cuts()[0]
         assert (control.routers[0](features) >= torch.tensor(cuts)).equal(kept)
     assert kept.float().mean(dim=0).diff().gt(0).all()
     ids = torch.arange(ROWS).view(1, ROWS)
     experts = torch.tensor([[2, 0]]).expand(1, ROWS, 2)
     decision = control.rule(ids, torch.ones_like(ids))(0, features[None], experts)
-    expected = torch.sigmoid(control.centred(0, features) - control.shifts[0])[:, [2, 0]]
+    expected = torch.sigmoid(control.centred(0, features) - control.shift)[:, [2, 0]]
     torch.testing.assert_close(decision.scores[0], expected)
     assert decision.experts is experts
 
@@ -210,7 +201,7 @@ def test_a_control_goes_on_from_its_state_exactly():
     second.test_state = first.test_state
     train(second, 6, 12)
     assert second.intercepts.equal(whole.intercepts)
-    assert (second.shifts, second.prices) == (whole.shifts, whole.prices)
+    assert (second.shift, second.price) == (whole.shift, whole.price)
     assert all(second.routers[layer].weight.equal(whole.routers[layer].weight) for layer in LAYERS)
 
 
@@ -280,93 +271,6 @@ def test_a_cut_far_out_becomes_a_threshold_that_keeps_the_same():
         assert (torch.sigmoid(torch.tensor(logit * factors[4])) >= thresholds[1]) == (logit >= 40.0)
 
 
-class TestParts:
-    """Tokens reach the capacity in each part of a conversation, with one threshold for all."""
-
-    @staticmethod
-    def batch(rows: int = 40, tokens: int = 12, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        answers = torch.arange(tokens) >= torch.randint(4, tokens - 2, (rows, 1), generator=generator)
-        parts = torch.where(answers, 2, (torch.arange(tokens) >= 2).long())
-        inputs = torch.randn(rows, tokens, HIDDEN, generator=generator)
-        inputs[..., 1] += 4.0 * (parts == 2)
-        inputs[..., 2] += 4.0 * (parts == 0)
-        ids = torch.randint(1, 1000, (rows, tokens), generator=generator)
-        return ids, parts, inputs
-
-    def control(self) -> BudgetControl:
-        _, parts, inputs = self.batch(seed=99)
-        columns = torch.cat([inputs.flatten(0, 1), torch.ones(inputs[..., 0].numel(), 1)], dim=1)
-        guess = torch.linalg.lstsq(columns, torch.nn.functional.one_hot(parts.flatten()).float()).solution.T
-        features = inputs.flatten(0, 1)
-        moments = RouterMoments(features.mean(dim=0), features.std(dim=0), guess)
-        control = BudgetControl({layer: MoDRouter(HIDDEN) for layer in LAYERS}, 0.5, 0.5, 0.5)
-        control.begin(dict.fromkeys(LAYERS, moments), lambda layer: 0.5)
-        return control
-
-    def test_all_reach_the_target_though_only_answers_cost_anything(self):
-        control = self.control()
-        optimizer = torch.optim.Adam([router.weight for router in control.routers.values()], lr=0.02)
-        for step in range(150):
-            ids, parts, inputs = self.batch(seed=step)
-            rule = control.rule(ids, torch.ones_like(ids), parts=parts)
-            decisions = {layer: rule(layer, inputs) for layer in LAYERS}
-            loss = sum((COSTS[layer] * (parts == 2) * (1 - of.gates) ** 2).mean() for layer, of in decisions.items())
-            scores = torch.stack([of.scores for of in decisions.values()])
-            shares = torch.stack([scores[:, parts == part].mean() for part in range(3)])
-            optimizer.zero_grad()
-            (loss + control.loss(shares)).backward()
-            control.step(step / 150, 1.0, Accelerator(cpu=True))
-            optimizer.step()
-        _, parts, inputs = self.batch(rows=400, seed=10_000)
-        rule = control.settled_rule()
-        gates = torch.stack([rule(layer, inputs).gates for layer in LAYERS])
-        for part in range(3):
-            assert gates[:, parts == part].mean() == pytest.approx(0.5, abs=0.15)
-        weights = {layer: router.weight.detach() for layer, router in control.routers.items()}
-        settled, cuts = control.settle(weights)
-        folded = torch.stack([inputs @ settled[layer][0] >= cuts[layer][0] for layer in LAYERS])
-        assert (folded.float() == gates).float().mean() > 0.999, "a checkpoint decides as training does"
-
-    def test_a_window_without_a_part_leaves_its_shift_alone(self):
-        control = self.control()
-        ids, parts, inputs = self.batch()
-        control.rule(ids, torch.ones_like(ids), parts=parts)(LAYERS[0], inputs)
-        control.step(0.5, 1.0, Accelerator(cpu=True), there=(False, True, True))
-        assert control.shifts[0] == 0.0
-        assert control.shifts[1] != 0.0
-
-    def test_calibration_lands_on_the_targets_of_the_parts_there_are(self):
-        _, model = make_pair("llama", "mlp_token")
-        randomize_routers(model, scale=0.3)
-        ids = torch.randint(1, 200, (48, 12), generator=torch.Generator().manual_seed(0))
-        parts = (torch.arange(12).expand(48, -1) >= 5).long() + 1
-        ids[parts == 2] = ids[parts == 2] % 100  # so that something tells them apart
-        batches = [
-            {"input_ids": i, "attention_mask": torch.ones_like(i), "parts": a}
-            for i, a in zip(ids.split(12), parts.split(12), strict=True)
-        ]
-        moments = router_moments(model, batches, parts=True)
-        weights = {layer: router.weight.detach().clone() for layer, router in model.router_modules().items()}
-        cuts = dict.fromkeys(MODEL_LAYERS, (0.0, 0.5))
-        tells = {layer: of.tell for layer, of in moments.items()}
-        weights, cuts = calibrate_parts(model, batches, cuts, tells, weights, (0.6, 0.6, 0.6), runs=8)
-        with torch.no_grad():
-            for layer, router in model.router_modules().items():
-                router.weight.copy_(weights[layer])
-        table = calibrate_table(model, batches, cuts, (0.6, 0.9))
-        thresholds, factors = fold_table(table)
-        with torch.no_grad():
-            for layer, router in model.router_modules().items():
-                router.weight.mul_(factors[layer])
-        model.set_mod_settings(replace(model.mod_settings, threshold=thresholds[0.6]))
-        gates = model(ids, use_cache=False).router_gates.detach()
-        for part in (1, 2):
-            assert gates[:, parts == part].mean() == pytest.approx(0.6, abs=0.05)
-        model.set_mod_settings(replace(model.mod_settings, threshold=thresholds[0.9]))
-        assert model(ids, use_cache=False).router_gates.detach().mean() == pytest.approx(0.9, abs=0.02)
-
-
 class TestRegression:
     """Costs that are linear in what the routers read are found, and the price is that of the target."""
 
@@ -391,8 +295,9 @@ class TestRegression:
         weights, cuts, _ = control.solve()
         kept = torch.stack([inputs @ weights[layer][0] >= cuts[layer][0] for layer in LAYERS], dim=1)
         assert kept.float().mean() == pytest.approx(target, abs=0.01)
-        best = costs >= costs.flatten().sort().values[round((1 - target) * costs.numel())]
-        assert (kept == best).float().mean() > 0.98
+        relative = costs / costs.abs().mean(dim=1, keepdim=True)  # which is not quite linear in the inputs
+        best = relative >= relative.flatten().sort().values[round((1 - target) * costs.numel())]
+        assert (kept == best).float().mean() > 0.9
 
     def test_it_goes_on_from_its_state_exactly(self):
         control, *_ = self.measured(0.5)

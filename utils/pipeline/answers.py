@@ -12,26 +12,24 @@ from tqdm.auto import tqdm
 
 from .batches import IGNORE_INDEX
 
-NEW_TOKENS = 48
+NEW_TOKENS = 40
 """Tokens of an answer, at most."""
+FEWEST = 8
+"""Rows that `short_prompts` leaves at least, as far as there are so many."""
 
 
-def common_beginning(rows: Sequence[Mapping[str, list[int]]], looked_at: int = 64) -> int:
-    """Return how many tokens the prompts of rows have in common at their beginning, such as a system message.
+def short_prompts(rows: Sequence[Mapping[str, list[int]]]) -> list[Mapping[str, list[int]]]:
+    """Return the half of the rows with the shorter prompts: those that are most like what one types.
 
     Args:
         rows: `input_ids` and `labels`, -100 where unsupervised.
-        looked_at: rows, at most.
     """
-    prompts = []
-    for row in (rows[number] for number in range(min(looked_at, len(rows)))):
-        labels = list(row["labels"])
-        supervised = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-        prompts.append(list(row["input_ids"][:supervised]))
-    if len(prompts) < 2:
-        return 0
-    first, last = min(prompts), max(prompts)
-    return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    ordered = sorted((rows[number] for number in range(len(rows))), key=lambda row: _prompt_length(row["labels"]))
+    return ordered[: max(FEWEST, (len(ordered) + 1) // 2)]
+
+
+def _prompt_length(labels: Sequence[int]) -> int:
+    return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 def prompt_share(rows: Sequence[Mapping[str, list[int]]]) -> float:
@@ -40,7 +38,8 @@ def prompt_share(rows: Sequence[Mapping[str, list[int]]]) -> float:
     Args:
         rows: `input_ids` and `labels`, -100 where unsupervised.
     """
-    shares = [row["labels"].count(IGNORE_INDEX) / len(row["labels"]) for row in rows]
+    labels = [rows[number]["labels"] for number in range(len(rows))]
+    shares = [each.count(IGNORE_INDEX) / len(each) for each in labels]
     mean = sum(shares) / len(shares) if shares else 0.5
     return mean if 0.0 < mean < 1.0 else 0.5
 
@@ -71,8 +70,7 @@ def answered(
     device, training = next(model.parameters()).device, model.training
     prompts, finished = [], []
     for row in rows:
-        supervised = [label != IGNORE_INDEX for label in row["labels"]]
-        length = supervised.index(True) if True in supervised else len(supervised)
+        length = _prompt_length(row["labels"])
         if length:
             prompts.append(list(row["input_ids"][:length]))
         else:

@@ -23,7 +23,7 @@ from utils.model.checkpoint import set_thresholds
 from utils.model.configuration_mod import MoDSettings
 from utils.model.routing_mod import Decision
 
-from .capacity_control import FORWARD_INPUTS, guess_parts, of_assigned, tilted
+from .capacity_control import FORWARD_INPUTS, of_assigned
 
 Cut = float | list[float]
 """The logit from which a layer's inputs are kept; where experts are routed, one for each expert."""
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 REFERENCE_FILE = "calibration.json"
 """In a run's output directory: the `reference` that its thresholds were calibrated with, if any."""
 QUANTILES = 1001
+JUMP = 0.01
+"""How far from the target a common shift of all layers may end."""
 
 LARGEST_CUT = 4.0
 """Logits of routers are scaled so that no cut is farther from 0: far out a float32 sigmoid tells no two apart."""
@@ -67,37 +69,61 @@ def calibrate(
     Returns:
         Layer index -> the new cut, and the share that is executed by the run nearest to the target.
     """
+    layers = list(cuts)
     training = model.training
     model.eval()
-    shift, best = 0.0, (math.inf, 0.0, 0.0)
+    weights, best = None, (math.inf, dict.fromkeys(layers, 0.0), 0.0)
     below, above = -math.inf, math.inf  # shifts that keep too much, too little
+    bar = tqdm(total=runs, desc="calibrating thresholds", disable=not progress)
+
+    def measure(shifts: Mapping[int, float]) -> tuple[torch.Tensor, float, float]:
+        """Return all `u` with these shifts, the share above them, and by how much more rows would raise it."""
+        nonlocal weights, best
+        shifted = {layer: (_moved(cut, shifts[layer] * scale), scale) for layer, (cut, scale) in cuts.items()}
+        values = logits_of_routers(model, batches, shifted, lambda u: (u >= 0).to(u.dtype), execution)
+        if weights is None:
+            weights = weights_of_inputs(model, batches, len(values))
+        shift = shifts[layers[0]]
+        more = 0.0 if reference is None else _above(known, shift) - _above(alike, shift)
+        share = _above(values, 0.0, weights) + more
+        best = min(best, (abs(share - target), dict(shifts), share), key=lambda found: found[0])
+        bar.update()
+        return values, share, more
+
     try:
         if reference is not None:
             others, gate = reference
             alike = logits_of_routers(model, batches, cuts, lambda u: torch.full_like(u, gate), execution="dense")
             known = torch.cat([alike, others.to(alike)])
-        weights = None
-        for _ in tqdm(range(runs), desc="calibrating thresholds", disable=not progress):
-            values = logits_of_routers(model, batches, cuts, lambda u, shift=shift: (u >= shift).to(u.dtype), execution)
-            if weights is None:
-                weights = weights_of_inputs(model, batches, len(values))
-            more = 0.0 if reference is None else _above(known, shift) - _above(alike, shift)
-            share = _above(values, shift, weights) + more
-            best = min(best, (abs(share - target), shift, share))
+        shift = 0.0
+        for _ in range(runs):
+            values, share, more = measure(dict.fromkeys(layers, shift))
             if abs(share - target) <= tolerance:
                 break
             if share > target:
                 below = max(below, shift)
             else:
                 above = min(above, shift)
-            shift = _quantile(values, 1 - target + more, weights)
+            shift += _quantile(values, 1 - target + more, weights)
             if not below < shift < above:  # skipping moved the logits: bisect
                 shift = (below + above) / 2 if math.isfinite(below + above) else shift
+        if best[0] > JUMP and reference is None and math.isfinite(below + above):
+            # what one layer executes makes the next execute: between two shifts the share jumps. Let the one hold for
+            # the first layers, the other for the rest
+            first, last = 0, len(layers)
+            while last - first > 1 and best[0] > tolerance:
+                middle = (first + last) // 2
+                _, share, _ = measure({layer: below if n < middle else above for n, layer in enumerate(layers)})
+                first, last = (first, middle) if share > target else (middle, last)
     finally:
+        bar.close()
         model.train(training)
-    _, shift, share = best
-    moved = {layer: torch.tensor(cut, dtype=torch.float64) + shift * scale for layer, (cut, scale) in cuts.items()}
-    return {layer: cut.tolist() for layer, cut in moved.items()}, share
+    _, shifts, share = best
+    return {layer: _moved(cut, shifts[layer] * scale) for layer, (cut, scale) in cuts.items()}, share
+
+
+def _moved(cut: Cut, by: float) -> Cut:
+    return [each + by for each in cut] if isinstance(cut, list) else cut + by
 
 
 def pack_reference(values: torch.Tensor, gate: float, shift: float) -> dict[str, Any]:
@@ -128,7 +154,6 @@ def logits_of_routers(
     cuts: Mapping[int, tuple[Cut, float]],
     gates_of: Callable[[torch.Tensor], torch.Tensor],
     execution: str | None = None,
-    offset: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return `u` of all inputs of all layers, float [inputs].
 
@@ -136,7 +161,6 @@ def logits_of_routers(
         model, batches, cuts: as of `calibrate`.
         gates_of: the gates that it makes of a layer's `u`.
         execution: of the model; sparse execution takes any gate above 0 for 1.
-        offset: (layer index, router inputs [batch, tokens, hidden_size]) -> what `u` is less by, [batch, tokens].
     """
     seen: list[torch.Tensor] = []
     mask = None
@@ -145,9 +169,6 @@ def logits_of_routers(
     def rule(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
         cut, scale = cuts[layer]
         values = of_assigned((routers[layer](inputs) - torch.tensor(cut, device=inputs.device)) / scale, experts)
-        if offset is not None:
-            less = offset(layer, inputs)
-            values = values - (less if experts is None else less.unsqueeze(-1))
         seen.append(values if values.dim() == 1 else values[mask].flatten())
         gates = gates_of(values)
         return Decision(gates, gates, experts)
@@ -196,106 +217,6 @@ def _quantile(values: torch.Tensor, share: float, weights: torch.Tensor | None =
     if place == len(ordered):
         return float(ordered[-1]) + 1.0
     return float(ordered[place - 1] + ordered[place]) / 2
-
-
-@torch.no_grad()
-def calibrate_parts(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    cuts: Mapping[int, tuple[Cut, float]],
-    tells: Mapping[int, torch.Tensor],
-    weights: Mapping[int, torch.Tensor],
-    targets: Sequence[float],
-    tolerance: float = 0.01,
-    runs: int = 4,
-    progress: bool = False,
-    execution: str | None = None,
-) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Cut, float]]]:
-    """Find routers that keep these shares of the tokens of each part.
-
-    Args:
-        model: a routed model, with the routers `weights`.
-        batches: `input_ids`, `attention_mask` and `parts`, int64 [batch, tokens]; not trained on.
-        cuts: as of `calibrate`.
-        tells: layer index -> the guess at a token's part, as of `RouterMoments`.
-        weights: layer index -> the router's weight, float32 [1 or num_experts, hidden_size], whole.
-        targets: of each part, in [0, 1].
-        tolerance, runs, progress, execution: as of `calibrate`.
-
-    Returns:
-        Layer index -> the router's new weight, and `cuts` that go with it. A part without tokens stays as it was.
-    """
-    shifts = [0.0] * len(targets)
-    best = math.inf, shifts
-    for _ in tqdm(range(runs), desc="calibrating parts", disable=not progress):
-        values, told, parts = _by_part(model, batches, cuts, tells, shifts, execution)
-        kept = (values - told @ torch.tensor(shifts, dtype=torch.float64) >= 0).double()
-        there = [part for part in range(len(targets)) if (parts == part).any()]
-        off = max(abs(float(kept[parts == part].mean()) - targets[part]) for part in there)
-        best = min(best, (off, shifts))
-        if off <= tolerance:
-            break
-        shifts = _shifts_of_parts(values, told, parts, targets, shifts)
-    new_weights, new_cuts = {}, {}
-    for layer, (cut, scale) in cuts.items():
-        start = torch.tensor(cut, dtype=torch.float32).reshape(-1)
-        weight, moved = tilted(weights[layer], start, [scale * shift for shift in best[1]], tells[layer])
-        new_weights[layer] = weight
-        new_cuts[layer] = (moved.tolist() if isinstance(cut, list) else float(moved), scale)
-    return new_weights, new_cuts
-
-
-def _by_part(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    cuts: Mapping[int, tuple[Cut, float]],
-    tells: Mapping[int, torch.Tensor],
-    shifts: Sequence[float],
-    execution: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run a model with these shifts; return of all inputs `u` without them, guesses and true parts.
-
-    Arguments are as of `calibrate_parts`; the results float64 [inputs], float64 [inputs, parts] and int64 [inputs].
-    """
-    found: list[tuple[torch.Tensor, ...]] = []
-    for batch in batches:
-        mask, told = batch["attention_mask"].bool(), []
-
-        def offset(layer: int, inputs: torch.Tensor, told: list[torch.Tensor] = told) -> torch.Tensor:
-            told.append(guess_parts(tells[layer].to(inputs.device), inputs))
-            return told[-1] @ torch.tensor(shifts, device=inputs.device)
-
-        seen = logits_of_routers(model, [batch], cuts, lambda u: (u >= 0).to(u.dtype), execution, offset)
-        each = len(seen) // (len(told) * int(mask.sum()))  # assignments of a token
-        guesses = torch.cat([guess[mask] for guess in told]).repeat_interleave(each, dim=0).double()
-        parts = batch["parts"][mask].repeat(len(told)).repeat_interleave(each)
-        found.append(
-            (seen.double() + guesses @ torch.tensor(shifts, dtype=torch.float64).to(seen.device), guesses, parts)
-        )
-    return tuple(torch.cat(values).cpu() for values in zip(*found, strict=True))
-
-
-def _shifts_of_parts(
-    values: torch.Tensor, told: torch.Tensor, parts: torch.Tensor, targets: Sequence[float], shifts: Sequence[float]
-) -> list[float]:
-    """Return shifts by which `values - told shifts` is at least 0 for the `targets`, shares of each part's inputs."""
-    shifts = torch.tensor(shifts, dtype=torch.float64)
-    for _ in range(10):  # a guess that is right for most makes them nearly independent
-        for part, target in enumerate(targets):
-            chosen = parts == part
-            if not chosen.any():
-                continue
-            own = told[chosen, part]
-            rest = values[chosen] - told[chosen] @ shifts + own * shifts[part]
-            low, high = float(shifts[part]) - 50.0, float(shifts[part]) + 50.0
-            for _ in range(40):
-                middle = (low + high) / 2
-                if float((rest >= middle * own).double().mean()) > target:
-                    low = middle
-                else:
-                    high = middle
-            shifts[part] = middle
-    return shifts.tolist()
 
 
 def calibrate_table(

@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback
 from utils.io.errors import UserError
 from utils.model.checkpoint import change_settings, router_name, set_thresholds, whole_parameters
 
-from .answers import answered, common_beginning, prompt_share
+from .answers import answered, prompt_share, short_prompts
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
-from .calibration import calibrate_parts, calibrate_table, cuts_of, fold_table, pack_capacities, pack_reference
-from .capacity_control import PARTS, BudgetControl, router_moments, targets_of_parts
+from .calibration import calibrate_table, cuts_of, fold_table, pack_capacities, pack_reference
+from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
 from .losses import capacity_hinge, executed_inputs, next_token_nll
@@ -75,11 +75,11 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._calibration: Sequence[Any] = ()
         self._ends: Collection[int] = ()
         self._is_answered = False
-        self._beginning = common_beginning(self.train_dataset) if self.train_dataset is not None else 0
+        self._weights_of_parts = 1.0, 1.0  # of prompts and of answers
         self.reference: dict[str, Any] | None = None  # for such shifts, what routers make of rows that they never saw
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
-        self._window_inputs = self._window_tokens = torch.ones(1)  # of all processes, the former of each part
+        self._window_inputs = self._window_tokens = torch.ones(())  # of all processes
         self._route = True
         # processes that skip different layers would gather different weights, and wait for each other for ever
         self._zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -92,8 +92,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if self.args.capacity_control == "regression":
                 self.capacity_control = RegressionControl(routers, target)
             else:
-                parts = len(PARTS) if self.model.config.mod_settings.level == "token" else 1
-                self.capacity_control = BudgetControl(routers, *[target] * parts)
+                self.capacity_control = BudgetControl(routers, target)
         self.add_callback(_ControlSteps(self))
         self._teacher = (
             DenseTeacher(self.model, share_prefix=not self._zero3) if self.args.distillation_weight else None
@@ -144,19 +143,19 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         last["real"] = real
         tokens = sum((batch["targets"] != IGNORE_INDEX).sum() for batch in batches)
         sequences = sum(len(batch["labels"]) for batch in batches[:-1]) + real.sum()
-        inputs, settings = [sequences], self.model.config.mod_settings
+        inputs, settings = sequences, self.model.config.mod_settings
         if settings.level == "token":
-            of_parts = [self._in_parts(batch) for batch in batches]  # each [parts, batch, tokens]
-            of_parts[-1] = of_parts[-1] * real[:, None]
-            inputs = sum(of_part.sum(dim=(1, 2)) for of_part in of_parts).unbind()
+            inputs = (
+                sum(self._weights(batch).sum() for batch in batches[:-1]) + (self._weights(last) * real[:, None]).sum()
+            )
         if settings.target == "expert":  # each assignment of a token is an input
-            inputs = [count * self.model.config.num_experts_per_tok for count in inputs]
+            inputs = inputs * self.model.config.num_experts_per_tok
         received = torch.tensor(int(self.termination.received))
-        counts = torch.stack([count.to(device) for count in (tokens, sequences, received, *inputs)])
+        counts = torch.stack([count.to(device).double() for count in (tokens, sequences, received, inputs)])
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
             self.termination.agree(counts[2])
-        tokens, sequences, inputs = counts[0], counts[1], counts[3:]
+        tokens, sequences, _, inputs = counts.unbind()
         self._window_sequences = sequences / self.args.world_size
         self._window_inputs, self._window_tokens = inputs, tokens
         return batches, tokens
@@ -168,7 +167,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         mask, targets = inputs.get("attention_mask"), inputs["targets"]
         if self.capacity_control is not None:
             real = inputs.get("real")
-            rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real, self._parts(inputs))
+            rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real)
         outputs = self._forward(model, inputs, rule)
         if self._teacher is not None:
             teacher = self._teacher.states(inputs["input_ids"], inputs["positions"])
@@ -187,14 +186,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if self.capacity_control is None:
             loss = loss + self.args.gradient_scale * hinge.sum() / self._window_sequences
         else:
-            scores = outputs.router_scores  # [layers, batch, ...]
-            real = 1.0 if real is None else real
-            if self.model.config.mod_settings.level == "token":
-                kept = [(executed_inputs(scores, part)[0] * real).mean(dim=0).sum() for part in self._in_parts(inputs)]
-            else:
-                kept = [(scores * real).mean(dim=0).sum()]
-            share = torch.stack(kept) * processes / self._window_inputs.clamp(min=1)
-            loss = loss + self.capacity_control.loss(share)
+            kept, _ = executed_inputs(outputs.router_scores, self._weights(inputs))
+            kept = kept if real is None else kept * real
+            share = kept.mean(dim=0).sum() * processes / self._window_inputs
+            loss = loss + self.capacity_control.loss(share.float())
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model, inputs, rule=None):
@@ -237,11 +232,13 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             batch = self.data_collator([rows[row] for row in range(start, min(start + size, len(rows)))])
             batch = {name: values.to(self.args.device) for name, values in batch.items()}
             decided_on = {"input_ids": batch["input_ids"], "attention_mask": _mask(batch)}
-            decided_on["parts"] = self._parts(batch)
             yield decided_on | self._deciding_tokens(batch)
 
     def begin_control(self) -> None:
         """Fit substitutes, and let budget and hinge start from the routers as they are; not after a checkpoint."""
+        if isinstance(self.capacity_control, BudgetControl) and len(self._calibration):
+            weigh_to, there = prompt_share(self._answered()), prompt_share(self.train_dataset)
+            self._weights_of_parts = weigh_to / there, (1 - weigh_to) / (1 - there)
         if self.state.global_step:
             return
         self._fit_substitutes()
@@ -258,11 +255,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         elif by_importance:
             margins = starting_margins(self.model, batches)
         if budget:
-            parts = self.capacity_control.parts > 1
-            if parts:
-                share = prompt_share(self._answered())
-                self.capacity_control.targets[:] = targets_of_parts(self.args.target_capacity, share)
-            moments = router_moments(self.model, batches, parts=parts)
+            moments = router_moments(self.model, batches)
             self.capacity_control.begin(moments, self.model.config.mod_settings.threshold_of, margins)
         elif margins is not None:
             lowest = min(margins.values())  # starts on its threshold, the others above theirs
@@ -308,16 +301,14 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             return
         rate = self.lr_scheduler.get_last_lr()[0] / (self.args.learning_rate or 1.0)
         summed = float(self._window_tokens) / self.accelerator.num_processes
-        there = (self._window_inputs > 0).tolist()
-        progress = self.state.global_step / self.state.max_steps
-        self.capacity_control.step(progress, rate, self.accelerator, summed, there)
+        self.capacity_control.step(self.state.global_step / self.state.max_steps, rate, self.accelerator, summed)
 
     def calibrate_on(self, rows: Any, ends: Collection[int] = ()) -> None:
         """Say what the thresholds are calibrated on, before training; without it they aren't.
 
         Args:
-            rows: tokenized rows that are not trained on. The dense model answers their prompts, so that the capacity
-                is that of generation.
+            rows: tokenized rows that are not trained on. The dense model answers their prompts, of tokens the shorter
+                half's, so that the capacity is that of generation.
             ends: tokens that end an answer.
         """
         self._calibration, self._ends = rows, ends
@@ -325,6 +316,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
     def _answered(self) -> Sequence[dict[str, list[int]]]:
         """Return the rows to calibrate on, with the dense model's answers; every process must call it."""
         if not self._is_answered and len(self._calibration):
+            if self.model.config.mod_settings.level == "token":
+                self._calibration = short_prompts(self._calibration)
             if self._zero3:
                 logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
             else:
@@ -343,7 +336,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             weights, cuts, left_out = control.solve(progress=show)
             reference = left_out, GATE
         elif control is not None:
-            weights, cuts = control.settle(weights)
+            cuts = control.cuts()
         elif not len(calibration_rows):
             return
         else:
@@ -354,11 +347,6 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if len(calibration_rows):
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
             options = {"progress": show, "execution": self._eval_execution}
-            if isinstance(control, BudgetControl) and control.parts > 1:
-                tells = dict(zip(settings.layers, control.tells, strict=True))
-                targets = tuple(control.targets)
-                weights, cuts = calibrate_parts(self.model, batches, cuts, tells, weights, targets, **options)
-                self.set_routers(weights)
             capacities = sorted({*self.args.capacities, self.args.target_capacity}, reverse=True)
             settled = calibrate_table(self.model, batches, cuts, capacities, reference=reference, **options)
         table, factors = fold_table(settled)
@@ -421,16 +409,13 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    def _parts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return each token's place in `PARTS`, int64 [batch, tokens]."""
-        answers = batch["labels"] != IGNORE_INDEX
-        later = torch.arange(answers.shape[1], device=answers.device) >= self._beginning
-        return torch.where(answers, 2, later.to(torch.int64))
+    def _weights(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return what each token counts in the capacity, float32 [batch, tokens]; 0 for padding.
 
-    def _in_parts(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return which tokens are of which part, float32 [parts, batch, tokens]; padding is of none."""
-        parts = self._parts(batch)
-        return torch.stack([parts == part for part in range(len(PARTS))]) * _mask(batch).float()
+        By these weights prompts have the share of the rows' tokens that they have in generation.
+        """
+        of_prompts, of_answers = self._weights_of_parts
+        return _mask(batch) * torch.where(batch["labels"] == IGNORE_INDEX, of_prompts, of_answers)
 
     def _real_rows(self, rows: int, remainder: int, device: torch.device) -> torch.Tensor:
         """Tell, bool [rows], which rows of the batch that was drawn last are not there for the second time.
@@ -450,11 +435,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if self.args.router_learning_rate is not None:
                 logs["router_learning_rate"] = self.lr_scheduler.get_last_lr()[-1]  # the group that came last
             if isinstance(self.capacity_control, BudgetControl):
-                names = ("",) if self.capacity_control.parts == 1 else tuple(f"/{part}" for part in PARTS)
-                for name, price, shift in zip(
-                    names, self.capacity_control.prices, self.capacity_control.shifts, strict=True
-                ):
-                    logs |= {f"capacity_price{name}": price, f"capacity_shift{name}": shift}
+                logs |= {"capacity_price": self.capacity_control.price, "capacity_shift": self.capacity_control.shift}
         for key in [key for key in logs if key.endswith("_loss") and f"{key[:-5]}_runtime" in logs]:
             if key != "train_loss":  # an evaluation's: Trainer's is a mean of batch means
                 means = self._meters["eval"].flush(self._sum_over_processes)

@@ -8,7 +8,9 @@ choices of layers. The cost can be measured instead. With the gates of all layer
 
 `L` being the loss summed over the row's supervised tokens: at the dense model itself the divergence from it has no
 slope. A ridge regression of `D` on what the router reads, its strength chosen by the error on left-out rows in closed
-form, gives `D ~ W x + c`. An input is executed where the predicted cost is at least a price, the same for all layers,
+form, gives `D ~ W x + c`. What a router is to predict is the cost relative to what the row's layers cost on average: in
+absolute numbers short prompts, with long answers, would execute more, and what is executed would follow from a prompt's
+length. An input is executed where the predicted cost is at least a price, the same for all layers,
 `W x + c >= price`, so the layer's cut is `price - c`; the calibration finds the price at which the target share of
 inputs is executed.
 
@@ -16,7 +18,7 @@ Every row is measured once: the error on left-out rows would be too small where 
 drawn and no learning rate matters; the routers stay at zero until the end of training.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,14 +51,12 @@ class RegressionControl:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         counts: torch.Tensor | None = None,
-        parts: torch.Tensor | None = None,
     ) -> Callable[[int, torch.Tensor], Decision]:
         """Return the `gate_rule` of a micro-batch: gates of `GATE` whose gradient is kept.
 
         Args:
             input_ids, attention_mask: int64 [batch, tokens].
             counts: bool [batch], False for rows that are there for the second time; None for all True.
-            parts: not needed.
         """
         measured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         counts = input_ids.new_ones(len(input_ids)) if counts is None else counts
@@ -72,15 +72,13 @@ class RegressionControl:
 
     def loss(self, capacity: torch.Tensor) -> torch.Tensor:
         """Return 0: nothing is pushed."""
-        return 0.0 * capacity.sum()
+        return 0.0 * capacity
 
-    def step(
-        self, progress: float, rate: float, accelerator: Any, summed: float = 1.0, there: Sequence[bool] | None = None
-    ) -> None:
+    def step(self, progress: float, rate: float, accelerator: Any, summed: float = 1.0) -> None:
         """Close an accumulation window: collect what was measured on all processes.
 
         Args:
-            progress, rate, there: not needed.
+            progress, rate: not needed.
             accelerator: of the run.
             summed: what the window's loss was divided by.
         """
@@ -105,6 +103,8 @@ class RegressionControl:
             progress: show a bar.
         """
         rows = torch.cat(self.rows).double()
+        costs = rows[:, :, -1]  # [rows, layers]
+        costs /= costs.abs().mean(dim=1, keepdim=True).clamp(min=1e-12)
         places = tqdm(range(len(self.routers)), desc="fitting routers", unit="layer", disable=not progress)
         fits = [ridge(rows[:, place, :-1], rows[:, place, -1]) for place in places]
         left_out = torch.cat([predictions for *_, predictions in fits])

@@ -68,7 +68,7 @@ class StepBenchmark:
         head = self.model.get_output_embeddings()
         loss = distilled_nll(outputs.states, teacher, head, targets, 1.0)[0] / len(targets)
         executed, inputs = executed_inputs(outputs.router_scores, mask)
-        loss = loss + control.loss((executed.mean(dim=0).sum() / inputs.sum())[None])
+        loss = loss + control.loss(executed.mean(dim=0).sum() / inputs.sum())
         loss.backward()
         return loss.detach()
 
