@@ -8,6 +8,10 @@ random: routers that do not know what they read, at the same capacity.
 dlo: routers that predict where a layer leaves the residual stream alike, the label that DLO trains on.
 skip_transformer: routers trained by the task's loss with gates that scale the branch.
 The last two are ideas of these methods for linear routers on a frozen model (utils/pipeline/trained_baselines.py).
+
+With --substitute linear the others return a linear map of its input for what they skip, fitted in closed form to rows
+of the training file; greedy chooses with the maps in place. results.json has held-out loss, forward speed and figures
+of use, as a training run's has.
 """
 
 import argparse
@@ -22,6 +26,8 @@ from utils.io.errors import UserError, run_command
 TRAINED = ("dlo", "skip_transformer")
 CALIBRATION_ROWS = 64
 """Rows that the thresholds of trained routers are set on, beside those that they are trained on."""
+FIT_ROWS = 1000
+"""Rows that substitutes are fitted on, at most, beside those that the choice is made on."""
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -38,6 +44,21 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--train_file", required=True, help="data.jsonl whose text the choice is made on")
     parser.add_argument(
         "--rows", type=int, help="rows of it to use, drawn at random (default: 32, of dlo and skip_transformer 256)"
+    )
+    parser.add_argument(
+        "--substitute",
+        choices=("none", "linear"),
+        default="none",
+        help="what a skipped branch returns: linear, a low-rank linear map of its input, fitted to the branch (none)",
+    )
+    parser.add_argument(
+        "--substitute_rank",
+        type=int,
+        help="rank of these maps, from 1 to the hidden size (the hidden size over 12 for attention, over 9 for MLP and "
+        "experts, over 8 for blocks)",
+    )
+    parser.add_argument(
+        "--max_use_prompts", type=int, default=16, help="held-out prompts that are answered at the end; 0: none (16)"
     )
     parser.add_argument("--max_seq_length", type=int, default=256, help="rows are cut to this many tokens")
     parser.add_argument("--mod_n", type=int, help="number of routed layers; default: the checkpoint's")
@@ -57,9 +78,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     import torch
+    from datasets import concatenate_datasets
 
     from utils.data.collation import SupervisedCollator
     from utils.data.messages import load_messages
+    from utils.data.prompts import encode_prompts
     from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
     from utils.io.files import atomic_directory, write_json
@@ -71,34 +94,27 @@ def main() -> None:
         make_settings,
         read_config,
         router_name,
-        set_thresholds,
+        substitute_parameters,
         write_checkpoint,
     )
-    from utils.pipeline.calibration import calibrate, settle
-    from utils.pipeline.held_out import held_out_results
-    from utils.pipeline.importance import expert_weight, greedy, least_important, most_similar
-    from utils.pipeline.trained_baselines import scaled_routers, similarity_routers
+    from utils.pipeline.substitutes import check_enough, rows_to_fit
 
     args = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not 0.0 <= args.capacity <= 1.0:
-        raise UserError(f"capacity {args.capacity} must lie between 0 and 1")
-    if args.drop_share is not None and not (args.kind == "expert_drop" and 0.0 <= args.drop_share < 1.0):
-        raise UserError(f"drop_share {args.drop_share} is for expert_drop, and at least 0 and below 1")
-    if args.rows < 1:
-        raise UserError(f"rows {args.rows} must be at least 1")
+    check_arguments(args)
     output_dir = Path(args.output_dir)
     write_alone_until_exit(output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(f"output_dir {output_dir} is not empty; choose another")
 
     model_dir = resolve_base_model(args.model_name_or_path)
-    settings = make_settings(
-        read_config(model_dir), args.mod_n, args.granularity, threshold=0.5, target_capacity=args.capacity
-    )
+    config = read_config(model_dir)
+    (config.get("mod") or {}).pop("capacities", None)  # of routers that are made anew
+    settings = make_settings(config, args.mod_n, args.granularity, threshold=0.5, target_capacity=args.capacity)
     kinds = ("expert_drop", "random") if settings.target == "expert" else ("cosine", "greedy", "random", *TRAINED)
     if args.kind not in kinds:
         raise UserError(f"{args.kind} is not for {settings.granularity}, whose baselines are {', '.join(kinds)}")
+    size = config["hidden_size"]
+    if args.substitute_rank is not None and not 1 <= args.substitute_rank <= size:
+        raise UserError(f"substitute_rank {args.substitute_rank} must lie between 1 and the hidden size, {size}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(model_dir)
     rows, held_out, others = split_for_training(
@@ -106,56 +122,152 @@ def main() -> None:
     )
     collate = SupervisedCollator.for_tokenizer(tokenizer)
 
-    def make_batches(part):
+    def tokenize(part):
         tokenized, report = tokenize_dataset(part, tokenizer, max_seq_length=args.max_seq_length, max_dropped=0.5)
         logging.info("%s", report.summary())
+        return tokenized
+
+    def make_batches(tokenized):
         starts = range(0, len(tokenized), 8)
         made = [collate([tokenized[row] for row in range(s, min(s + 8, len(tokenized)))]) for s in starts]
         return [{name: values.to(device) for name, values in batch.items()} for batch in made]
 
-    batches, held_out_batches = make_batches(rows), make_batches(held_out)
+    chosen_on, held_out_rows = tokenize(rows), tokenize(held_out)
+    to_fit = []
+    if args.substitute == "linear":
+        more = others.select(range(min(FIT_ROWS, len(others))))
+        to_fit = concatenate_datasets([chosen_on, tokenize(more)]) if len(more) else chosen_on
+        check_enough(to_fit["length"], size)
+        to_fit = to_fit.select(range(rows_to_fit(to_fit["length"], size)))
+    prompts = []
+    if args.max_use_prompts:
+        try:
+            prompts = encode_prompts(
+                held_out["messages"], tokenizer, max_prompts=args.max_use_prompts, max_tokens=args.max_seq_length
+            )
+        except UserError as error:
+            logging.warning("figures of use are not measured: %s", error)
 
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
-    model = load_mod_model(model_dir, settings, dtype=getattr(torch, dtype)).eval()
+    model = load_mod_model(model_dir, settings, dtype=getattr(torch, dtype)).eval().to(device)
+    give_substitutes(model, args, make_batches(to_fit))
+    calibrated_on = others.select(range(min(CALIBRATION_ROWS, len(others)))) if args.kind in TRAINED else []
+    calibrated_on = make_batches(tokenize(calibrated_on) if len(calibrated_on) else chosen_on)
+    units = set_routers(model, args, make_batches(chosen_on), calibrated_on)
+    results = measure(model, tokenizer, held_out_rows, make_batches(held_out_rows), prompts, collate)
+    weights = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
+    with atomic_directory(output_dir) as unfinished:
+        write_json(unfinished / "results.json", {"kind": args.kind, **results})
+        write_checkpoint(
+            unfinished,
+            model_dir,
+            model.config.mod_settings,
+            weights,
+            units=units,
+            substitutes=substitute_parameters(model),
+        )
+    print(output_dir)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise `UserError` for a value that is out of range whatever the model is."""
+    if not 0.0 <= args.capacity <= 1.0:
+        raise UserError(f"capacity {args.capacity} must lie between 0 and 1")
+    if args.drop_share is not None and not (args.kind == "expert_drop" and 0.0 <= args.drop_share < 1.0):
+        raise UserError(f"drop_share {args.drop_share} is for expert_drop, and at least 0 and below 1")
+    if args.rows < 1:
+        raise UserError(f"rows {args.rows} must be at least 1")
+    if args.max_use_prompts < 0:
+        raise UserError(f"max_use_prompts {args.max_use_prompts} must not be negative; 0 measures no use")
+    if args.substitute != "none" and args.kind in TRAINED:
+        raise UserError(f"substitute {args.substitute} is not for {args.kind}, whose method has none; leave it out")
+    if args.substitute_rank is not None and args.substitute == "none":
+        raise UserError("substitute_rank needs --substitute linear")
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir {output_dir} is not empty; choose another")
+
+
+def give_substitutes(model, args: argparse.Namespace, batches) -> None:
+    """Let what is skipped return what was asked for, fitted to `batches`, whatever the checkpoint had."""
+    import torch
+
+    from utils.model.checkpoint import add_substitutes, remove_substitutes
+    from utils.pipeline.substitutes import default_rank, fit
+
+    if model.substitute_modules():
+        remove_substitutes(model)
+    if args.substitute == "none":
+        return
+    rank = args.substitute_rank or default_rank(model.config.hidden_size, model.config.mod_settings.target)
+    add_substitutes(model, {"kind": args.substitute, "rank": rank})
+    fitted = fit(model, batches, progress=True)
+    with torch.no_grad():
+        for layer, substitute in model.substitute_modules().items():
+            for name, parameter in substitute.named_parameters():
+                parameter.copy_(fitted[layer][name])
+
+
+def set_routers(model, args: argparse.Namespace, batches, calibrated_on) -> dict[int, float] | None:
+    """Give a model the routers and thresholds of the baseline that was asked for.
+
+    Returns:
+        The units that the routers compare in, as `save_routers` takes them.
+    """
+    import torch
+
+    from utils.model.checkpoint import set_thresholds
+    from utils.pipeline.calibration import calibrate, settle
+    from utils.pipeline.importance import expert_weight, greedy, least_important, most_similar
+    from utils.pipeline.trained_baselines import scaled_routers, similarity_routers
+
     routers = model.router_modules()
     generator = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():
         for router in routers.values():
             router.weight.zero_()
             if args.kind == "random":
-                router.weight.normal_(generator=generator)
-    model.to(device)
-    units = None
+                router.weight.copy_(torch.empty(router.weight.shape).normal_(generator=generator))
     if args.kind in ("random", *TRAINED):
-        calibration = batches
         if args.kind in TRAINED:
-            others = others.select(range(min(CALIBRATION_ROWS, len(others))))
             train = similarity_routers if args.kind == "dlo" else scaled_routers
             start = train(model, batches, args.capacity, progress=True)
-            calibration = make_batches(others) if len(others) else batches
         else:
             start = spread(model, batches)
-        cuts, share = calibrate(model, calibration, start, args.capacity, progress=True)
-        units = settle(model, cuts, {layer: scale for layer, (_, scale) in start.items()})
+        cuts, share = calibrate(model, calibrated_on, start, args.capacity, progress=True)
         logging.info("%s routers execute %.3f of the inputs", args.kind, share)
-    elif args.kind == "expert_drop":
+        return settle(model, cuts, {layer: scale for layer, (_, scale) in start.items()})
+    if args.kind == "expert_drop":
         weight, tokens = expert_weight(model, batches)
         dropped = least_important(weight, tokens, args.capacity, args.drop_share)
         executed = 1 - float(tokens[dropped].sum() / tokens.sum())
         logging.info("dropped %d of %d experts; capacity %.4f", dropped.sum(), dropped.numel(), executed)
         set_thresholds(model, torch.where(dropped, 0.75, 0.5).tolist())  # routers at zero score one half
-    else:
-        count = round((1 - args.capacity) * len(routers))
-        chosen = most_similar(model, batches, count) if args.kind == "cosine" else greedy(model, batches, count, True)
-        logging.info("left out, in this order: %s; capacity %.4f", chosen, 1 - count / len(routers))
-        # routers at zero score one half
-        set_thresholds(model, [0.75 if layer in chosen else 0.5 for layer in routers])
-    results = {"kind": args.kind, "held_out": held_out_results(model, held_out_batches)}
-    weights = {router_name(layer): router.weight for layer, router in routers.items()}
-    with atomic_directory(output_dir) as unfinished:
-        write_json(unfinished / "results.json", results)
-        write_checkpoint(unfinished, model_dir, model.config.mod_settings, weights, units=units)
-    print(output_dir)
+        return None
+    count = round((1 - args.capacity) * len(routers))
+    chosen = most_similar(model, batches, count) if args.kind == "cosine" else greedy(model, batches, count, True)
+    logging.info("left out, in this order: %s; capacity %.4f", chosen, 1 - count / len(routers))
+    # routers at zero score one half
+    set_thresholds(model, [0.75 if layer in chosen else 0.5 for layer in routers])
+    return None
+
+
+def measure(model, tokenizer, held_out_rows, batches, prompts, collate) -> dict:
+    """Return held-out loss and capacity, forward speed and figures of use, named as in a training run's results."""
+    from tqdm.auto import tqdm
+
+    from utils.evaluation.forward_speed import forward_speed, middling_batches
+    from utils.evaluation.use import figures_of_use
+    from utils.pipeline.held_out import held_out_results
+
+    results = {"held_out": held_out_results(model, batches)}
+    speed = forward_speed(model, middling_batches(held_out_rows, collate))
+    results["forward_tokens_per_second"] = {name: speed[name] for name in ("dense", "routed", "ratio")}
+    if prompts:
+        with tqdm(total=len(prompts), desc="answering prompts", unit="prompt", disable=None) as bar:
+            found = figures_of_use(model, tokenizer, prompts, progress=bar.update)
+        results |= {name: found[name] for name in ("use", "answers")}
+    return results
 
 
 def spread(model, batches):

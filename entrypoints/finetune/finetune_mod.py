@@ -303,7 +303,7 @@ def measure(trainer, eval_set, prompts):
     """
     from tqdm.auto import tqdm
 
-    from utils.evaluation.forward_speed import forward_speed
+    from utils.evaluation.forward_speed import forward_speed, middling_batches
     from utils.evaluation.use import figures_of_use
 
     logging.info("measuring held-out loss, forward speed and use")
@@ -323,11 +323,7 @@ def measure(trainer, eval_set, prompts):
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         logging.warning("weights are in parts: forward speed and figures of use are not measured")
         return results | {"forward_tokens_per_second": None}
-    # of middling lengths: a router may well treat the longest rows otherwise than most
-    rows = sorted(eval_set, key=lambda row: row["length"])
-    starts = sorted({int(share * max(0, len(rows) - 4)) for share in (0.25, 0.5, 0.75)})
-    batches = [trainer.data_collator(rows[start : start + 4]) for start in starts]
-    speed = forward_speed(model, batches, capacities=others)
+    speed = forward_speed(model, middling_batches(eval_set, trainer.data_collator), capacities=others)
     at = speed.pop("ratio_at")
     results["forward_tokens_per_second"] = speed
     for capacity in others:

@@ -2,16 +2,20 @@
 
 import json
 import logging
+import shutil
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from entrypoints.checkpoint.build_baseline import main
 from utils.evaluation.inspection import inspect_checkpoint
 from utils.io.errors import UserError
-from utils.model.checkpoint import load_mod_model, read_units
+from utils.model.checkpoint import SUBSTITUTES_FILE, load_mod_model, read_units
 
 STATIC = ("cosine", "greedy")
+NO_USE = ("--max_use_prompts", 0)
 
 
 @pytest.fixture
@@ -27,10 +31,18 @@ def build(workplace, tmp_path, monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("kind", ["cosine", "greedy", "random", "dlo", "skip_transformer"])
+@pytest.mark.parametrize(
+    "kind", ["cosine", pytest.param("greedy", marks=pytest.mark.slow), "random", "dlo", "skip_transformer"]
+)
 def test_a_baseline_is_a_checkpoint_at_its_capacity(build, tmp_path, capsys, caplog, kind):
     caplog.set_level(logging.INFO)
-    build(kind, "--capacity", 0.667, *(("--granularity", "mlp_token") if kind in ("dlo", "skip_transformer") else ()))
+    build(
+        kind,
+        "--capacity",
+        0.667,
+        *NO_USE,
+        *(("--granularity", "mlp_token") if kind in ("dlo", "skip_transformer") else ()),
+    )
     assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path / "out")
     mod = json.loads((tmp_path / "out/config.json").read_text())["mod"]
     assert mod["target_capacity"] == 0.667
@@ -48,10 +60,64 @@ def test_a_baseline_is_a_checkpoint_at_its_capacity(build, tmp_path, capsys, cap
         assert not any(router.weight.any() for router in routers)
 
 
+def test_what_a_static_baseline_skips_returns_a_fitted_map(build, tmp_path):
+    build("greedy", "--capacity", 0.667, "--substitute", "linear", "--substitute_rank", 4, "--max_use_prompts", 2)
+    mod = json.loads((tmp_path / "out/config.json").read_text())["mod"]
+    assert mod["substitute"] == {"kind": "linear", "rank": 4}
+    assert sorted(mod["threshold"]) == [0.5, 0.5, 0.75]
+    maps = load_file(tmp_path / "out" / SUBSTITUTES_FILE)
+    assert len(maps) == 3 * 3
+    assert all(parameter.any() for parameter in maps.values())
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["held_out"]["routed"]["eval_capacity"] == pytest.approx(2 / 3, abs=1e-6)
+    assert results["use"]["executed"]["mean"] == pytest.approx(2 / 3, abs=1e-6)
+    assert 0 <= results["use"]["agreement"]["mean"] <= 1
+    assert [set(answer) >= {"prompt", "dense", "routed"} for answer in results["answers"]] == [True, True]
+    assert set(results["forward_tokens_per_second"]) == {"dense", "routed", "ratio"}
+    model, layer = load_mod_model(tmp_path / "out"), mod["layers"][mod["threshold"].index(0.75)]
+    assert torch.equal(model.substitute_modules()[layer].down, maps[f"model.layers.{layer}.substitute.down"])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_substitutes_is_a_base_like_any_other(build, workplace, tmp_path, monkeypatch):
+    build("random", "--substitute", "linear", *NO_USE)
+    assert "use" not in json.loads((tmp_path / "out/results.json").read_text())
+    trained, again = tmp_path / "out", tmp_path / "again"
+    for arguments, rank in (((), None), (("--substitute", "linear", "--substitute_rank", 3), 3)):
+        shutil.rmtree(again, ignore_errors=True)
+        build("cosine", "--model_name_or_path", trained, "--output_dir", again, *NO_USE, *arguments)
+        settings = load_mod_model(again).mod_settings
+        assert (settings.substitute or {}).get("rank") == rank
+        assert (again / SUBSTITUTES_FILE).exists() == (rank is not None)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(("--capacity", "2"), "capacity 2.0 must lie"), (("--rows", "0"), "rows 0 must be")]
+    ("arguments", "message"),
+    [
+        (("--capacity", "2"), "capacity 2.0 must lie"),
+        (("--rows", "0"), "rows 0 must be"),
+        (("--substitute", "linear", "--substitute_rank", "0"), "rank 0 must lie between 1 and the hidden size, 16"),
+        (("--substitute", "linear", "--substitute_rank", "17"), "rank 17 must lie between 1 and the hidden size, 16"),
+        (("--substitute_rank", "4"), "substitute_rank needs --substitute linear"),
+        (("--max_use_prompts", "-1"), "max_use_prompts -1 must not be"),
+    ],
 )
 def test_a_mistake_ends_in_one_line(build, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         build("cosine", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_too_few_rows_to_fit_end_in_one_line(build, smollm2_dir, tmp_path):
+    turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "No."}]
+    rows = [json.dumps({"messages": [{"role": "system", "content": str(n)}, *turns]}) for n in range(3)]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows))
+    given = ("--model_name_or_path", smollm2_dir, "--train_file", tmp_path / "few.jsonl", "--substitute", "linear")
+    with pytest.raises(UserError, match=r"the 2 training rows have \d+ tokens, and a fit needs 576"):
+        build("cosine", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_without_substitutes_refuse_them(build):
+    with pytest.raises(UserError, match="substitute linear is not for dlo"):
+        build("dlo", "--substitute", "linear")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_zoo import LAYERS, make_pair, random_tokens
+from model_zoo import HIDDEN_SIZE, LAYERS, make_pair, random_tokens
 
 from utils.pipeline.importance import (
     branch_similarity,
@@ -40,6 +40,19 @@ def test_greedy_takes_the_layer_whose_loss_is_lowest_at_each_step():
     assert alone[first] == min(alone.values())
     others = [layer for layer in LAYERS if layer != first]
     assert second == min(others, key=lambda layer: loss_without(model, batches(), {first, layer}))
+
+
+def test_a_layer_that_is_left_out_is_what_stands_in_for_it():
+    _, model = make_pair("llama", "mlp_token", substitute={"kind": "linear", "rank": HIDDEN_SIZE})
+    linear = model.model.layers[LAYERS[1]].mlp = torch.nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)
+    whole, nothing = (loss_without(model, batches(), dropped) for dropped in ((), {LAYERS[1]}))
+    substitute = model.substitute_modules()[LAYERS[1]]
+    with torch.no_grad():
+        for parameter, value in ((substitute.down, linear.weight), (substitute.bias, linear.bias)):
+            parameter.copy_(value)
+        substitute.up.copy_(torch.eye(HIDDEN_SIZE))
+    assert loss_without(model, batches(), {LAYERS[1]}) == pytest.approx(whole, rel=1e-6)
+    assert nothing != pytest.approx(whole, rel=1e-4)
 
 
 def test_leaving_out_nothing_is_the_dense_loss_over_supervised_tokens():

@@ -25,7 +25,7 @@ def plan_of(name, scale, tmp_path, **options):
 
 
 def test_every_table_and_figure_has_a_config_and_a_script(repository):
-    expected = {f"table{n}" for n in (2, 3, 5, 6, 7, 8)} | {f"figure{n}" for n in range(2, 9)} | {"grid"}
+    expected = {f"table{n}" for n in (2, 3, 5, 6, 7, 8)} | {f"figure{n}" for n in range(2, 9)} | {"grid", "frontier"}
     assert set(NAMES) == expected
     assert {path.stem for path in (repository / "scripts/reproduce").glob("*.sh")} == expected | {"all"}
 
@@ -104,7 +104,10 @@ def test_rows_items_and_data_can_be_set_for_all_runs(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "scale", "run"),
-    [("figure2", "small", "layer_drop"), ("table3", "paper", "random"), ("table7", "paper", "olmoe_expert_drop")],
+    [
+        *(("figure2", "small", "layer_drop"), ("table3", "paper", "random"), ("table7", "paper", "olmoe_expert_drop")),
+        ("frontier", "small", "greedy target_capacity=0.75"),
+    ],
 )
 def test_a_baseline_is_made_by_a_command_that_takes_its_arguments(name, scale, run, tmp_path, repository, monkeypatch):
     plan = plan_of(name, scale, tmp_path, only=[run])
@@ -114,6 +117,7 @@ def test_a_baseline_is_made_by_a_command_that_takes_its_arguments(name, scale, r
     parsed = runpy.run_path(str(repository / script))["parse_arguments"]()
     assert Path(parsed.output_dir) == step.makes.parent
     assert parsed.capacity == float(step_environment(plan, run).get("TARGET_CAPACITY", 0.5))
+    assert parsed.substitute == ("linear" if name == "frontier" else "none")
 
 
 def step_environment(plan, run):
@@ -312,6 +316,54 @@ def test_figures_of_use_have_columns_where_a_run_has_them(tmp_path):
     table = markdown(collect(grid), "bash x.sh")
     assert "| agreement | executed in use | foreign (nats) |" in table
     assert "| 0.750 | 0.500 | 0.25 |" in table
+
+
+def speed(ratio):
+    return {"dense": 100.0, "routed": 100.0 * ratio, "ratio": ratio}
+
+
+def set_to(loss, agreement, ratio):
+    """What a run's results say of another capacity."""
+    use = {name: USE[name] for name in ("executed", "prompts")} | {"agreement": {"mean": agreement, "stderr": 0.01}}
+    return {"held_out": {"eval_loss": loss, "eval_capacity": 0.6}, "use": use, "forward_ratio": ratio}
+
+
+def test_a_trained_run_has_a_row_for_each_capacity_that_it_is_set_to(tmp_path):
+    plan = plan_of("frontier", "small", tmp_path, only=["routed", "greedy target_capacity=0.9"])
+    routed, static = plan.runs
+    (target,) = (step.environment["TARGET_CAPACITY"] for step in routed.steps if step.kind == "train")
+    assert target == "0.75"
+    at = {"0.9": set_to(1.55, 0.9, 1.1), "0.5": set_to(1.8, 0.6, 1.4)}
+    more = {"use": USE, "forward_tokens_per_second": speed(1.25)}
+    write_files(routed.folder, loss=1.6, piqa=0.65, seconds=1.0, capacities=at, **more)
+    write_files(static.folder, loss=1.7, piqa=0.65, seconds=1.0, use=USE, forward_tokens_per_second=speed(1.05))
+    result = collect(plan)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["routed 0.9", "routed 0.75", "routed 0.5", "greedy target_capacity=0.9"]
+    of_routed = [rows[f"routed {capacity}"]["ours"] for capacity in (0.9, 0.75, 0.5)]
+    assert [ours["loss"] for ours in of_routed] == [1.55, 1.6, 1.8]
+    assert [ours["loss_increase"] for ours in of_routed] == pytest.approx([0.05, 0.1, 0.3])
+    assert [ours["forward"] for ours in of_routed] == [1.1, 1.25, 1.4]
+    assert [ours["agreement"] for ours in of_routed] == [0.9, 0.75, 0.6]
+    assert "build_baseline.py greedy" in rows["greedy target_capacity=0.9"]["command"]
+    assert {row["seed"] for row in result["rows"]} == {SEED}
+    table = markdown(result, "bash x.sh")
+    assert "| routed 0.9 | 1.10x | 0.600 | 1.550 | 0.050 | 0.900 ± 0.010 | 0.500 |" in table
+    kind, value = figure_of(plan, result)
+    (panel,) = value["panels"]
+    assert {one["name"]: [(point["x"], point["label"]) for point in one["points"]] for one in panel["series"]} == {
+        "routed": [(1.1, "0.50"), (1.25, "0.50"), (1.4, "0.50")],
+        "greedy": [(1.05, "0.50")],
+        "dense": [(1.0, "1.00")],
+    }
+    assert panel["series"][0]["points"][0]["stderr"] == 0.01
+    save_figure(kind, value, tmp_path / "figure", title=plan.config["title"])
+    assert ">0.50</text>" in (tmp_path / "figure.svg").read_text()
+
+    del at["0.5"]
+    write_files(routed.folder, loss=1.6, piqa=0.65, seconds=1.0, capacities=at, **more)
+    with pytest.raises(UserError, match=r"not calibrated for capacity 0.5, only for 0.75, 0.9"):
+        collect(plan)
 
 
 def test_an_adapted_model_without_its_routing_is_not_the_dense_base(tmp_path):

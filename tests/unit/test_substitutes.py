@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from utils.io.errors import UserError
 from utils.model.checkpoint import add_substitutes, load_substitutes, save_substitutes, substitute_parameters
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
-from utils.pipeline.substitutes import BranchMoments, Moments, check_enough, rows_to_fit, solve
+from utils.pipeline.substitutes import BranchMoments, Moments, check_enough, fit, rows_to_fit, solve
 
 LOGITS_BOUND = 2e-5
 """Float32: a matrix product over fewer rows may sum in another order."""
@@ -255,6 +255,18 @@ class TestTheFit:
         assert moments.squares > 0
         if granularity != "expert_token":
             assert moments.weight == 2 * 11
+
+    def test_the_branches_of_the_dense_model_are_what_is_fitted(self):
+        _, model = make_pair("llama", "mlp_token", substitute={"kind": "linear", "rank": HIDDEN_SIZE}, threshold=0.9)
+        linear = model.model.layers[LAYERS[-1]].mlp = torch.nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)
+        input_ids, mask = pad(texts([40] * 30 + [7]), "right")
+        batches = [{"input_ids": input_ids, "attention_mask": mask, "labels": input_ids}]
+        model.train()
+        fitted = fit(model, batches)
+        assert model.training
+        assert {layer: list(of) for layer, of in fitted.items()} == {layer: ["down", "up", "bias"] for layer in LAYERS}
+        found = fitted[LAYERS[-1]]["up"] @ fitted[LAYERS[-1]]["down"]
+        assert (found - linear.weight).norm() < 0.1 * linear.weight.norm()
 
     def test_too_few_rows_say_how_many_are_needed(self):
         check_enough([16, 16], 32)

@@ -5,7 +5,8 @@ A quick figure for the end of a training run, without a KV cache. It says nothin
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -59,6 +60,22 @@ def forward_speed(
     dense, routed = (tokens / statistics.median(walls[kind][1:]) for kind in ("dense", "routed"))
     at = {capacity: ratios[capacity] for capacity in capacities}
     return {"dense": dense, "routed": routed, "ratio": ratios["routed"], "ratio_at": at}
+
+
+def middling_batches(
+    rows: Sequence[dict[str, Any]], collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+) -> list[dict[str, torch.Tensor]]:
+    """Return up to three batches of four rows to time a model on, of middling lengths.
+
+    A router may well treat the longest rows otherwise than most.
+
+    Args:
+        rows: each with `length`, in tokens.
+        collate: makes a batch of rows.
+    """
+    ordered = sorted(rows, key=lambda row: row["length"])
+    starts = sorted({int(share * max(0, len(ordered) - 4)) for share in (0.25, 0.5, 0.75)})
+    return [collate(ordered[start : start + 4]) for start in starts]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -84,7 +84,7 @@ def draw_pareto(axes: Axes, value: dict[str, Any]) -> None:
         value: `x_label`, `y_label`, and either `points`, each with `name`, `x`, `y` and optionally `stderr`, where
             each is named and those that no other beats are joined (more is better on both axes, unless
             `less_is_better` is set for y); or `series`, each with `name` for the legend and such `points`, which are
-            joined in the order of x.
+            joined in the order of x and have, instead of a name, optionally a `label` beside them.
     """
     for number, series in enumerate(value.get("series", ())):
         color, marker, dash = _style(number)
@@ -95,6 +95,10 @@ def draw_pareto(axes: Axes, value: dict[str, Any]) -> None:
             *(x, y, errors if any(errors) else None),
             **{"label": series["name"], "color": color, "marker": marker, "linestyle": dash, "capsize": 2},
         )
+        for point in points:
+            if "label" in point:
+                place = (point["x"], point["y"])
+                axes.annotate(point["label"], place, (5, 4), textcoords="offset points", fontsize=8, color=color)
     if "points" in value:
         _draw_front(axes, value["points"], -1 if value.get("less_is_better") else 1)
     axes.set(xlabel=value["x_label"], ylabel=value["y_label"])
@@ -157,6 +161,7 @@ LABELS: dict[str, str] = {
     "executed": "executed in use",
     "foreign": "foreign (nats a token)",
     "speed": "speed",
+    "forward": "forward speed (dense is 1)",
     "kv_saved": "KV memory saved (%)",
 }
 """Number of a run -> what it is called in tables and figures."""
@@ -206,7 +211,7 @@ def pareto_of(records: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, An
 
     Args:
         records: each with `name` (the method), numbers, and where there are several `granularity`; those that lack
-            `x` or `y` are left out.
+            `x` or `y` are left out. What `label` says, if there is one, stands beside the point.
         x, y: which numbers, such as `capacity` and `loss_increase`; `{y}_stderr` is drawn where it is there.
 
     Raises:
@@ -218,6 +223,7 @@ def pareto_of(records: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, An
         if record.get(x) is not None and record.get(y) is not None:
             name = f"{record['granularity']}, {record['name']}" if several else record["name"]
             point = {"x": record[x], "y": record[y], "stderr": record.get(f"{y}_stderr")}
+            point |= {"label": record["label"]} if "label" in record else {}
             series.setdefault(name, []).append(point)
     if not series:
         raise UserError(f"no record has both {x} and {y}")

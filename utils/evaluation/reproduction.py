@@ -355,7 +355,8 @@ def _run_of(
 
     def training(checkpoint: str) -> tuple[str, list[str], dict[str, str]]:
         if "baseline" in run:
-            return "baseline", _baseline(run["baseline"], environment, checkpoint, changes), {}
+            command = _baseline(run["baseline"], environment, checkpoint, changes)
+            return "baseline", [*command, *map(str, run.get("baseline_arguments", ()))], {}
         command = ["bash", "scripts/finetune_mod.sh", *arguments, *changes.of_type]
         return "train", command, environment | {"OUTPUT_DIR": checkpoint}
 

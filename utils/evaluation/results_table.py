@@ -12,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from utils.io.errors import UserError
 from utils.model.lora import holds_adapter
 
 from .comparison import best_of, comparison_table, summarize
 from .plots import LABELS, pareto_of, read_figure
-from .reproduction import Plan, Run
+from .reproduction import Plan, Run, Step
 from .use import FIGURES
 
 SEED = 233
@@ -30,8 +31,11 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
         failed: names of runs that did not come to their end.
 
     Returns:
-        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number), `dense`, `left_out`,
-        `failed`, and the `versions` and the `machine` that this is.
+        `title`, `scale`, `rows` (each with `name`, `ours` and `paper`: metric -> number, and the `seed` and `command`
+        of its checkpoint), `dense`, `left_out`, `failed`, and the `versions` and the `machine` that this is.
+
+    Raises:
+        UserError: a run lacks one of the capacities that the table wants it to be set to.
     """
     rows = []
     dense: dict[str, float] = {}
@@ -39,7 +43,10 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
         measured, base = _numbers(run.folder)
         measured |= {"dense": base["average"]} if "average" in base else {}
         dense = base | dense
-        rows.append({"name": run.name, "ours": measured, "paper": run.entry.get("paper", {}), "x": run.entry.get("x")})
+        at = {} if "baseline" in run.entry else _at_capacities(run, plan.config.get("capacities", ()), measured)
+        for name, ours in (at or {run.name: measured}).items():
+            shown = {"name": name, "ours": ours, "paper": run.entry.get("paper", {}), "x": run.entry.get("x")}
+            rows.append(shown | {"seed": _seed(run), "command": _command(run)})
     compared = plan.config.get("compare", False)
     return {
         "title": plan.config["title"],
@@ -65,7 +72,7 @@ def markdown(result: dict[str, Any], command: str) -> str:
     heads = ["", *(f"{LABELS.get(metric, metric)}, {who}" for metric, who in columns)]
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
     lines = [f"# {result['title']}", "", result["scale"], ""]
-    seeds = ", ".join(str(seed) for seed in sorted({line["seed"] for line in result["lines"]} or {SEED}))
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in result["rows"]} or {SEED}))
     lines += [f"Made by `{command}`; seed {seeds}; {versions}; {result['machine']}.", ""]
     if result["lines"]:
         lines += comparison_table(summarize(result["lines"])).splitlines()
@@ -101,11 +108,14 @@ def figure_of(plan: Plan, result: dict[str, Any]) -> tuple[str, Any] | None:
         panels = [_speed_panel(result, y) for y in wanted["y"]]
         panels = [panel for panel in panels if len(panel["points"]) > 1]
         return ("pareto", {"panels": panels}) if panels else None
-    if wanted["kind"] == "capacity":  # what was reached, which is not quite what was asked for
+    if wanted["kind"] == "methods":  # a line for each: what was reached, which is not quite what was asked for
         rows = [*result["rows"], {"name": "dense", **result["dense"]}]
-        records = [{"name": row["name"].split()[0], **row["ours"]} for row in rows if "capacity" in row["ours"]]
+        records = [{"name": row["name"].split()[0], **row["ours"]} for row in rows if wanted["x"] in row["ours"]]
+        for record in records:
+            if wanted.get("label") in record:
+                record["label"] = f"{record[wanted['label']]:.2f}"
         measured = [y for y in wanted["y"] if any(y in record for record in records)]
-        return ("pareto", {"panels": [pareto_of(records, "capacity", y) for y in measured]}) if measured else None
+        return ("pareto", {"panels": [pareto_of(records, wanted["x"], y) for y in measured]}) if measured else None
     rows = [row for row in result["rows"] if wanted["y"] in row["ours"]]
     series: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -146,9 +156,11 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
         prefix = "eval_capacity/layer_"
         routed = held_out["routed"].items()
         if report.get("use"):
-            for name in FIGURES:
-                ours |= {name: report["use"][name]["mean"], f"{name}_stderr": report["use"][name]["stderr"]}
+            ours |= _use(report["use"])
             dense |= {"agreement": 1.0, "executed": 1.0, "foreign": 0.0}  # of itself, with itself
+        if report.get("forward_tokens_per_second"):
+            ours["forward"] = report["forward_tokens_per_second"]["ratio"]
+            dense["forward"] = 1.0
         ours["layers"] = {name.removeprefix(prefix): share for name, share in routed if name.startswith(prefix)}
     evaluation = _read(folder / "evaluation.json")
     if evaluation:
@@ -172,20 +184,71 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     return ours, dense
 
 
+def _at_capacities(run: Run, capacities: Sequence[float], own: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return name -> numbers of a run's checkpoint set to these capacities; none where it isn't done.
+
+    Args:
+        own: its numbers at its own capacity, which the run was trained for.
+    """
+    report = _read(run.folder / "checkpoint/results.json")
+    if not (report and capacities):
+        return {}
+    target = float(_made_by(run).environment["TARGET_CAPACITY"])
+    others = {float(capacity): of for capacity, of in report.get("capacities", {}).items()}
+    if missing := [capacity for capacity in capacities if capacity not in {target, *others}]:
+        known = ", ".join(f"{capacity:g}" for capacity in sorted({target, *others}))
+        raise UserError(
+            f"{run.folder}/checkpoint: not calibrated for capacity {missing[0]:g}, only for {known}; --capacities of "
+            "the training says for which it is"
+        )
+    rows = {}
+    for capacity in capacities:
+        ours = own
+        if capacity != target:
+            routed = others[capacity]["held_out"]
+            ours = {"loss": routed["eval_loss"], "capacity": routed["eval_capacity"]}
+            ours["loss_increase"] = ours["loss"] - report["held_out"]["dense"]["dense_loss"]
+            ours |= _use(others[capacity].get("use", {}))
+            ours |= {"forward": others[capacity]["forward_ratio"]} if "forward_ratio" in others[capacity] else {}
+        rows[f"{run.name} {capacity:g}"] = ours
+    return rows
+
+
+def _use(use: dict[str, Any]) -> dict[str, float | None]:
+    """Return those of the figures of use that were measured, and their errors."""
+    there = [name for name in FIGURES if name in use]
+    return {key: use[name][of] for name in there for key, of in ((name, "mean"), (f"{name}_stderr", "stderr"))}
+
+
+def _made_by(run: Run) -> Step:
+    """Return the step that makes a run's checkpoint."""
+    (made,) = (step for step in run.steps if step.kind in ("train", "baseline"))
+    return made
+
+
+def _command(run: Run) -> str:
+    """Return the command that makes a run's checkpoint, on whatever machine: where it lies is left open."""
+    return _made_by(run).text.replace(str(run.folder), run.folder.name)
+
+
+def _seed(run: Run) -> int:
+    return run.entry.get("environment", {}).get("SEED", SEED)
+
+
 def _line(run: Run) -> dict[str, Any] | None:
     """Return a run as `comparison.py` takes it, with how it was made; None where it isn't done."""
     ours, dense = _numbers(run.folder)
     if "loss_increase" not in ours:
         return None
-    fields, arguments = run.entry["environment"], run.entry.get("train_arguments", ())
+    fields, made = run.entry["environment"], _made_by(run)
+    arguments = [*run.entry.get("train_arguments", ()), *run.entry.get("baseline_arguments", ())]
     shown = {field: value for field, value in fields.items() if field not in ("GRANULARITY", "TARGET_CAPACITY", "SEED")}
-    (made,) = (step for step in run.steps if step.kind in ("train", "baseline"))
     return {
         "name": run.name,
         "kind": run.entry["kind"],
         "granularity": fields["GRANULARITY"],
         "target": fields["TARGET_CAPACITY"],
-        "seed": fields.get("SEED", SEED),
+        "seed": _seed(run),
         "settings": {"with": " ".join([*(f"{field}={value}" for field, value in shown.items()), *map(str, arguments)])},
         **{
             name: ours.get(name)
@@ -193,7 +256,7 @@ def _line(run: Run) -> dict[str, Any] | None:
         },
         "average_dense": dense.get("average"),
         "seconds": (_read(made.record) or {}).get("seconds"),
-        "command": made.text,
+        "command": _command(run),
     }
 
 
@@ -207,7 +270,7 @@ def _cell(numbers: dict[str, Any], metric: str) -> str:
     if value is None:
         return "-"
     form = ".3f" if abs(value) < 10 else ".1f"
-    text = f"{value:.2f}x" if metric == "speed" else f"{value:{form}}"
+    text = f"{value:.2f}x" if metric in ("speed", "forward") else f"{value:{form}}"
     return text if error is None else f"{text} ± {error:{form}}"
 
 

@@ -324,6 +324,13 @@ def add_substitutes(model: torch.nn.Module, substitute: dict[str, Any]) -> None:
     model.set_mod_settings(settings)
 
 
+def remove_substitutes(model: torch.nn.Module) -> None:
+    """Let a routed model return nothing for what it skips, as published."""
+    for layer in model.router_modules():
+        model.get_decoder().layers[layer].substitute = None
+    change_settings(model, substitute=None)
+
+
 def save_substitutes(path: str | Path, substitutes: Mapping[str, torch.Tensor], settings: MoDSettings) -> None:
     """Write substitutes alone, float32, atomically; the file says what they are for."""
     metadata = {"format": "pt", "granularity": settings.granularity, "substitute": json.dumps(settings.substitute)}

@@ -11,7 +11,6 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from utils.io.errors import UserError
@@ -27,7 +26,7 @@ from .losses import capacity_hinge, executed_inputs, next_token_nll
 from .metrics import RoutingMeter
 from .processes import Termination
 from .regression_control import GATE, RegressionControl
-from .substitutes import BranchMoments, rows_to_fit, solve_all
+from .substitutes import fit, rows_to_fit
 from .training_checkpoint import TrainingCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -273,27 +272,12 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         with whole_parameters(parameters):
             if not parameters or any(parameter.any() for parameter in parameters):
                 return
-        hidden_size, settings = self.model.config.hidden_size, self.model.config.mod_settings
-        rows = rows_to_fit(self.train_dataset["length"], hidden_size)
-        batches = list(self._first_batches(rows))
-        show, training = self.is_world_process_zero() and not self.args.disable_tqdm, self.model.training
-        self.model.eval()
-        with BranchMoments(self.model) as branches:
-            bar = tqdm(batches, desc="reading branches for substitutes", unit="batch", disable=not show)
-            for batch in branches.following(bar):
-                inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-                self.model(**inputs, route=False, use_cache=False, logits_to_keep=1)
-        self.model.train(training)
-        ranks = {layer: settings.substitute_rank(layer) for layer in settings.layers}
-        fitted, left = solve_all(branches.moments, ranks, progress=show)
+        rows = rows_to_fit(self.train_dataset["length"], self.model.config.hidden_size)
+        show = self.is_world_process_zero() and not self.args.disable_tqdm
+        fitted = fit(self.model, list(self._first_batches(rows)), progress=show)
         for layer, substitute in substitutes.items():
             for name, parameter in substitute.named_parameters():
-                self.set_parameter(parameter, broadcast(fitted[layer][name].float().contiguous()))
-        logger.info(
-            "substitutes fitted on %d rows; share of each branch's variance that they leave: %s",
-            rows,
-            " ".join(f"{share:.2f}" for share in left.values()),
-        )
+                self.set_parameter(parameter, broadcast(fitted[layer][name]))
 
     def step_control(self) -> None:
         """Close an accumulation window."""

@@ -10,7 +10,8 @@ For experts `F` is what a layer's experts return together for a token, `sum_i G_
 with the square of `sum_i G_i`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from utils.io.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 1e-2
 """Strength of the ridge, in units of the inputs' mean variance."""
@@ -53,6 +56,38 @@ def rows_to_fit(lengths: Iterable[int], hidden_size: int) -> int:
             break
         tokens, rows = tokens + length, rows + 1
     return rows
+
+
+@torch.no_grad()
+def fit(
+    model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], progress: bool = False
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Return the substitutes that fit the branches of the dense model best, and log how well they do.
+
+    Args:
+        model: a routed model with substitutes, which it keeps; it runs densely.
+        batches: text, `input_ids` and `attention_mask`, int64 [batch, tokens].
+        progress: show bars.
+
+    Returns:
+        Layer index -> parameter of `MoDSubstitute` -> float32 tensor.
+    """
+    settings, training = model.config.mod_settings, model.training
+    model.eval()
+    with BranchMoments(model) as branches:
+        bar = tqdm(batches, desc="reading branches for substitutes", unit="batch", disable=not progress)
+        for batch in branches.following(bar):
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            model(**inputs, route=False, use_cache=False, logits_to_keep=1)
+    model.train(training)
+    ranks = {layer: settings.substitute_rank(layer) for layer in settings.layers}
+    fitted, left = solve_all(branches.moments, ranks, progress)
+    logger.info(
+        "substitutes fitted on %d rows; share of each branch's variance that they leave: %s",
+        sum(len(batch["input_ids"]) for batch in batches),
+        " ".join(f"{share:.2f}" for share in left.values()),
+    )
+    return {layer: {name: value.float().contiguous() for name, value in of.items()} for layer, of in fitted.items()}
 
 
 @dataclass
