@@ -20,3 +20,19 @@ def rounding(expected: torch.Tensor, terms: int) -> float:
     """
     largest = expected.abs().max().item() if expected.numel() else 0.0
     return 4 * torch.finfo(expected.dtype).eps * terms**0.5 * largest
+
+
+def assert_same_in_low_precision(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Assert that two runs of some layers in a low precision differ by roundings alone.
+
+    Each layer rounds, and the next amplifies it, in a single number now and then by much: the root mean square is
+    bound closely, and each number by a share of the largest that one branch more or less would exceed.
+
+    Args:
+        found, expected: of equal shape.
+        dtype: that was computed in.
+    """
+    found, expected, eps = found.float(), expected.float(), torch.finfo(dtype).eps
+    error = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 6 * eps, f"root mean square of the difference, {error / eps:.1f} eps"
+    torch.testing.assert_close(found, expected, rtol=0, atol=40 * eps * expected.abs().max().item())

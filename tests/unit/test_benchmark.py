@@ -103,7 +103,9 @@ def test_a_wrong_sparse_execution_is_not_timed(granularity, monkeypatch):
     columns = columns_of(granularity)
     monkeypatch.setattr(
         "utils.model.execution_mod._add_at",
-        lambda hidden_states, kept, substituted: hidden_states.index_copy(0, *kept),
+        lambda hidden_states, kept, substituted: (
+            hidden_states if kept[1] is None else hidden_states.index_copy(0, *kept)
+        ),
     )
     monkeypatch.setattr("utils.model.execution_mod._add_mlp", lambda layer, hidden_states: hidden_states)
     with pytest.raises(CheckFailedError, match=r"against (dense|oracle)|decide differently"):

@@ -19,6 +19,7 @@ from model_zoo import (
     randomize_routers,
     texts,
 )
+from rounding import assert_same_in_low_precision
 from safetensors.torch import load_file, save_file
 
 from utils.io.errors import UserError
@@ -143,8 +144,7 @@ def test_sparse_equals_dense_in_low_precision(arch, dtype):
         dense, sparse = (model(random_tokens(6, 11), execution=name) for name in ("dense", "sparse"))
     assert sparse.router_gates.equal(dense.router_gates)
     assert sparse.logits.dtype == dtype
-    bound = 16 * torch.finfo(dtype).eps * dense.logits.abs().max().item()
-    torch.testing.assert_close(sparse.logits, dense.logits, atol=bound, rtol=0)
+    assert_same_in_low_precision(sparse.logits, dense.logits, dtype)
 
 
 @every_architecture
@@ -154,8 +154,7 @@ def test_sparse_equals_dense_under_autocast(arch):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         dense, sparse = (model(random_tokens(6, 11), execution=name) for name in ("dense", "sparse"))
     assert sparse.router_gates.equal(dense.router_gates)
-    bound = 16 * torch.finfo(torch.bfloat16).eps * dense.logits.abs().max().item()
-    torch.testing.assert_close(sparse.logits.float(), dense.logits.float(), atol=bound, rtol=0)
+    assert_same_in_low_precision(sparse.logits, dense.logits, torch.bfloat16)
 
 
 @every_architecture

@@ -22,7 +22,6 @@ FILES = [
     "unit/test_mod_model_files.py",
     "unit/test_routing_decision.py",
     "unit/test_sparse_forward.py",
-    "unit/test_trainer.py",
     "unit/test_training_step.py",
 ]
 

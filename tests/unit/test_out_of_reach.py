@@ -59,7 +59,7 @@ def test_adapters_on_all_linear_layers_leave_decisions_alone_and_train(granulari
         loss = adapted.train()(ids, labels=ids).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     merged = adapted.merge_and_unload()
     for name, parameter in merged.named_parameters():

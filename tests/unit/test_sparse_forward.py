@@ -16,6 +16,7 @@ from model_zoo import (
     randomize_routers,
     texts,
 )
+from rounding import assert_same_in_low_precision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils.model.configuration_mod import GRANULARITIES
@@ -115,8 +116,7 @@ def test_sparse_decides_as_dense_in_low_precision_and_keeps_the_dtype(granularit
         sparse = model(random_tokens(6, 11), execution="sparse")
     assert sparse.logits.dtype == dense.logits.dtype == dtype
     assert sparse.router_gates.equal(dense.router_gates)
-    bound = 16 * torch.finfo(dtype).eps * dense.logits.abs().max().item()
-    torch.testing.assert_close(sparse.logits, dense.logits, atol=bound, rtol=0)
+    assert_same_in_low_precision(sparse.logits, dense.logits, dtype)
 
 
 @every_granularity
@@ -127,8 +127,7 @@ def test_sparse_equals_dense_under_autocast(granularity):
         dense = model(random_tokens(6, 11), execution="dense")
         sparse = model(random_tokens(6, 11), execution="sparse")
     assert sparse.router_gates.equal(dense.router_gates)
-    bound = 16 * torch.finfo(torch.bfloat16).eps * dense.logits.abs().max().item()
-    torch.testing.assert_close(sparse.logits.float(), dense.logits.float(), atol=bound, rtol=0)
+    assert_same_in_low_precision(sparse.logits, dense.logits, torch.bfloat16)
 
 
 @every_architecture
