@@ -122,6 +122,7 @@ def test_reformat_writes_the_rows_of_all_six_sets_and_reports_the_others(raw, tm
     report = json.loads((tmp_path / "out" / "report.json").read_text())["datasets"]
     assert report["vicuna_sharegpt"]["dropped"] == {"no_turns": 1, "bing_turn": 1}
     assert report["evol_instruct"]["dropped"] == {"system_turn": 1}
+    assert report.pop("generic") == {"status": "absent"}
     assert {(entry["read"], entry["written"]) for entry in report.values()} == {(5, 3), (2, 1), (1, 1), (2, 2)}
     assert "bing_turn 1" in done.stdout
     assert done.stderr == ""
@@ -134,7 +135,9 @@ def test_reformat_lists_absent_sets_and_demands_named_ones(raw, tmp_path):
     done = run(REFORMAT, "--raw_data_root", "raw", "--save_path", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())["datasets"]
-    assert {name for name, entry in report.items() if entry["status"] == "absent"} == {"slim_orca", "alpaca"}
+    assert {name for name, entry in report.items() if entry["status"] == "absent"} == {
+        *("slim_orca", "alpaca", "generic")
+    }
     assert not (tmp_path / "out" / "alpaca").exists()
 
     error = run_failing(REFORMAT, "--raw_data_root", raw, "--save_path", tmp_path / "o", "--datasets", "alpaca")

@@ -212,13 +212,14 @@ class TestMistakes:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         script = ("bash", repository / "scripts/finetune_mod.sh")
         for environment, message in (
-            ({"TARGET_CAPACITY": "2", "NUM_PROCESSES": "2"}, "target_capacity 2.0"),
+            ({"NUM_PROCESSES": "2"}, "target_capacity 2.0"),
+            ({"TARGET_CAPACITY": "2"}, "TARGET_CAPACITY=2"),
             ({"TRAIN_FILE": "nowhere"}, "TRAIN_FILE=nowhere"),
             ({"NUM_PROCESSES": "two"}, "NUM_PROCESSES=two"),
             ({"DATA_TYPE": "alpacca"}, "DATA_TYPE=alpacca"),
         ):
             environment = {"FOLDER_NAME": "smollm2-135m-mod", "OUTPUT_DIR": str(tmp_path / "out"), **environment}
-            result = run(*script, cwd=tmp_path, check=False, PATH=path, **environment)
+            result = run(*script, "--target_capacity", "2", cwd=tmp_path, check=False, PATH=path, **environment)
             assert result.returncode != 0
             assert "Traceback" not in result.stderr
             (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]

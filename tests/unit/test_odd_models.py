@@ -83,7 +83,7 @@ ODD = [
     *({"vocab_size": value} for value in (49152.0, True, "many", None, 0)),
     *({"hidden_size": value} for value in (-16, 8.0, None, 9)),
     *({"num_hidden_layers": value} for value in (0, -1, 3.0, "3", 1)),
-    *({"num_attention_heads": value} for value in ("4", 0, 2.5, None)),
+    *({"num_attention_heads": value} for value in ("4", 0, 2.5, None, 1513)),
     *({"rms_norm_eps": value} for value in ("1e-5", None)),
     *({"tie_word_embeddings": "true"}, {"attention_bias": "no"}, {"intermediate_size": None}, {"use_cache": "x"}),
     *({"max_position_embeddings": "many"}, {"initializer_range": "x"}, {"num_key_value_heads": 3}, {"head_dim": "x"}),
@@ -92,6 +92,7 @@ ODD = [
     *({"dtype": value} for value in ("bf16", 7, "float99")),
     *({"torch_dtype": "half-ish"}, {"eos_token_id": "</s>"}, {"pad_token_id": 10**9}, {"mod": {"layers": "all"}}),
     *({"quantization_config": value} for value in ("yes", {"quant_method": "awq", "bits": 4}, {"load_in_4bit": True})),
+    *({"mod": value} for value in (None, "mistral", [], 7)),
     *({"model_type": value} for value in (None, ["llama"], "gpt2", 7)),
 ]
 """What a `config.json` says that no model can be made of, or none that we know."""
@@ -113,7 +114,7 @@ def test_a_config_with_an_odd_value_is_one_line(base, mod, tmp_path, kind, odd):
     assert any(
         word in str(refused.value) for word in ("config.json", str(tmp_path), "model type", "one layer", "mod lacks")
     )
-    if kind == "mod":
+    if kind == "mod":  # by its config alone
         with suppress(UserError):  # described without a model: refused, or what it is
             describe_checkpoint(inspect_checkpoint(tmp_path, [64]))
 
@@ -149,3 +150,21 @@ def test_weights_in_bytes_are_named_as_quantized(base, tmp_path):
     save_file(weights, tmp_path / "base/model.safetensors")
     with pytest.raises(UserError, match=r"up_proj\.weight is F8_E4M3, quantized"):
         load_mod_model(tmp_path / "base")
+
+
+def test_what_a_config_leaves_out_is_described_by_the_architectures_defaults(mod, tmp_path):
+    for path in mod.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    config = json.loads((mod / "config.json").read_text())
+    del config["num_key_value_heads"], config["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert inspect_checkpoint(tmp_path, [64])["savings"] == inspect_checkpoint(mod, [64])["savings"]
+
+
+@pytest.mark.parametrize("units", ["many", [1.0], [1.0, None], {"0": 1.0}, True])
+def test_units_that_are_no_numbers_of_the_routed_layers_are_one_line(mod, tmp_path, units):
+    load_mod_model(mod).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mod_units": units}))
+    with pytest.raises(UserError, match="the units of its routers are"):
+        read_units(tmp_path)

@@ -13,7 +13,7 @@ from utils.io.errors import UserError
 from utils.model.checkpoint import (
     INDEX_FILE,
     ROUTER_NAME,
-    check_config,
+    complete_config,
     is_mod,
     make_settings,
     read_config,
@@ -60,7 +60,7 @@ def inspect_checkpoint(
             "with `python entrypoints/checkpoint/build_mod_checkpoint.py`"
         )
     settings = make_settings(config)
-    check_config(config, settings)
+    config = complete_config(config, settings)
     measured = _measured(directory, settings.layers)
     given, source = capacity, "as given"
     if given is None and measured is None:
@@ -69,6 +69,12 @@ def inspect_checkpoint(
             given, source = 0.5, "the paper's, as none was trained for"
     shares = dict.fromkeys(settings.layers, given) if given is not None else measured["layers"]
     dtype = _dtype(config)
+    try:
+        costs = {length: savings(config, settings, length, shares, dtype) for length in lengths}
+        if not all(cost["flops"] > 0 and cost["kv_bytes"] > 0 for cost in costs.values()):
+            raise ValueError("its layers compute nothing")
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory}: no costs follow from its config.json: {error}") from None
     return {
         "checkpoint": str(directory),
         "base_model": settings.base_model,
@@ -90,10 +96,7 @@ def inspect_checkpoint(
             "capacity_from": source if given is not None else "measured on held-out rows of the training run",
             "batch": batch,
             "lengths": {
-                length: {
-                    name: batch * value for name, value in savings(config, settings, length, shares, dtype).items()
-                }
-                for length in lengths
+                length: {name: batch * value for name, value in cost.items()} for length, cost in costs.items()
             },
         },
     }

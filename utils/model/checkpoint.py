@@ -95,6 +95,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     for name in ("num_hidden_layers", "hidden_size"):
         if type(config.get(name)) is not int or config[name] < 1:
             raise UserError(f"{path}: {name} is {config.get(name)!r}, not a whole number above 0")
+    if is_mod(config) and not isinstance(config.get("mod"), dict):
+        raise UserError(f"{path}: mod is {config.get('mod')!r}, not the object that says what is routed")
     return config
 
 
@@ -400,7 +402,14 @@ def read_units(directory: str | Path) -> dict[int, float] | None:
     metadata = read_routers(directory)[1]
     if "units" not in metadata:
         return None
-    return dict(zip(json.loads(metadata["layers"]), json.loads(metadata["units"]), strict=True))
+    layers, units = json.loads(metadata["layers"]), json.loads(metadata["units"])
+    if (
+        not isinstance(units, list)
+        or len(units) != len(layers)
+        or not all(type(unit) in (int, float) for unit in units)
+    ):
+        raise UserError(f"{directory}: the units of its routers are {units!r}, not a number for each routed layer")
+    return dict(zip(layers, units, strict=True))
 
 
 def set_thresholds(model: torch.nn.Module, threshold: float | list) -> None:
@@ -641,9 +650,17 @@ def _config_object(config: dict[str, Any], settings: MoDSettings):
         raise UserError(f"config.json: {_reason(error)}") from None
 
 
-def check_config(config: dict[str, Any], settings: MoDSettings) -> None:
-    """Raise `UserError` where a `config.json` has a value that its architecture can't have, alone or so routed."""
-    _config_object(config, settings)
+def complete_config(config: dict[str, Any], settings: MoDSettings) -> dict[str, Any]:
+    """Return a `config.json` with the architecture's defaults for what it leaves out.
+
+    Raises:
+        UserError: it has a value that its architecture can't have, alone or so routed.
+    """
+    config_object = _config_object(config, settings)
+    try:
+        return config_object.to_dict() | config
+    except Exception as error:  # as above
+        raise UserError(f"config.json: {_reason(error)}") from None
 
 
 def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Module:

@@ -89,9 +89,7 @@ class ModelArguments:
 class DataArguments:
     """What it is trained and measured on."""
 
-    train_file: str = field(
-        metadata={"help": "data.jsonl with `messages`, or with `prompt` and `completion` (see the README, Data)."}
-    )
+    train_file: str = field(metadata={"help": "Conversations, in one of the shapes that the README lists under Data."})
     eval_file: str | None = field(
         default=None, metadata={"help": "Held-out rows in the same format. Default: taken out of train_file."}
     )
