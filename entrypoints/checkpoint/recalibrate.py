@@ -3,9 +3,9 @@
 
     python entrypoints/checkpoint/recalibrate.py path/to/output --capacity 0.9 --output_dir outputs/at-0.9
 
-All layers' thresholds are shifted together until rows that were not trained on execute the capacity. These rows and the
-held-out ones follow from the run's own record (`run.json`), so that held-out numbers compare with the run's; what is
-given here comes before it.
+All layers' thresholds are shifted together until rows that were not trained on execute the capacity, which is added to
+those that the checkpoint can be set to already. These rows and the held-out ones follow from the run's own record
+(`run.json`), so that held-out numbers compare with the run's; what is given here comes before it.
 """
 
 import argparse
@@ -70,6 +70,7 @@ def main() -> None:
     from utils.io.files import atomic_directory, write_json
     from utils.io.locks import write_alone_until_exit
     from utils.model.checkpoint import (
+        change_settings,
         load_mod_model,
         load_tokenizer,
         make_settings,
@@ -83,8 +84,10 @@ def main() -> None:
     from utils.pipeline.calibration import (
         REFERENCE_FILE,
         calibrate,
+        cuts_of,
+        fold_table,
+        pack_capacities,
         pack_reference,
-        settle,
         settled_cuts,
         unpack_reference,
     )
@@ -120,7 +123,17 @@ def main() -> None:
     settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True, reference=of_this_text)
     rows = sum(len(batch["labels"]) for batch in calibration)
     logging.info("calibrated on %d rows: %.3f of the inputs are executed", rows, share)
-    units = settle(model, settled, {layer: scale for layer, (_, scale) in cuts.items()})
+    # thresholds of other capacities hold for text that is read and decided on as this was
+    kept = settings.capacities if args.as_trained and not args.calibration_file else None
+    table = {entry["capacity"]: cuts_of(replace(settings, threshold=entry["threshold"])) for entry in kept or ()}
+    thresholds, factors = fold_table(table | {args.capacity: settled})
+    units = {layer: scale * factors[layer] for layer, (_, scale) in cuts.items()}
+    with torch.no_grad():
+        for layer, router in model.router_modules().items():
+            router.weight.mul_(factors[layer])
+    change_settings(
+        model, threshold=thresholds[args.capacity], capacities=pack_capacities(thresholds) if kept else None
+    )
 
     results = {"held_out": held_out_results(model, held_out)}
     results["recalibration"] = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from entrypoints.checkpoint.recalibrate import main
 from utils.evaluation.inspection import inspect_checkpoint
 from utils.io.errors import UserError
-from utils.model.checkpoint import read_units
+from utils.model.checkpoint import read_settings, read_units
 
 ROUTERS = "routers.safetensors"
 
@@ -45,10 +45,10 @@ def threshold_of(directory):
     return json.loads((directory / "config.json").read_text())["mod"]["threshold"]
 
 
-def cuts_in_units(directory):
+def in_units(thresholds, directory):
     """What stays the same where routers and thresholds are scaled together."""
     units = read_units(directory).values()
-    return [math.log(tau / (1 - tau)) / unit for tau, unit in zip(threshold_of(directory), units, strict=True)]
+    return [math.log(tau / (1 - tau)) / unit for tau, unit in zip(thresholds, units, strict=True)]
 
 
 def test_another_capacity_is_met_on_rows_that_were_not_trained_on(by_budget, recalibrate, repository, tmp_path):
@@ -65,6 +65,13 @@ def test_another_capacity_is_met_on_rows_that_were_not_trained_on(by_budget, rec
     mod = json.loads((tmp_path / "out/config.json").read_text())["mod"]
     assert mod["target_capacity"] == 0.4
     assert "sequence_pooling" not in mod, "of tokens"
+    settable = [read_settings(path).capacities for path in (by_budget, tmp_path / "out")]
+    assert [entry["capacity"] for entry in settable[1]] == [0.4, *(entry["capacity"] for entry in settable[0])]
+    assert settable[1][0]["threshold"] == tuple(mod["threshold"])
+    for before_it, entry in zip(settable[0], settable[1][1:], strict=True):
+        assert in_units(entry["threshold"], tmp_path / "out") == pytest.approx(
+            in_units(before_it["threshold"], by_budget), rel=1e-4
+        )
     facts = inspect_checkpoint(tmp_path / "out", [96])
     assert facts["trained"]["capacity"] == pytest.approx(after["held_out"]["routed"]["eval_capacity"])
 
@@ -98,7 +105,7 @@ def test_routers_of_sequences_shift_too(workplace, finetune, recalibrate, tmp_pa
     recalibrate(tmp_path / "out", "--capacity", 0.7, "--rows", 5, "--output_dir", back)
     wanted, got = results_of(tmp_path / "run")["held_out"]["routed"], results_of(back)["held_out"]["routed"]
     assert got["eval_capacity"] == pytest.approx(wanted["eval_capacity"], abs=0.05)
-    cuts = [cuts_in_units(tmp_path / name) for name in ("run", "out", "back")]
+    cuts = [in_units(threshold_of(tmp_path / name), tmp_path / name) for name in ("run", "out", "back")]
     assert cuts[1] != pytest.approx(cuts[0], rel=0.02)
     assert cuts[2] == pytest.approx(cuts[0], rel=0.02)
     for directory in ("run", "out", "back"):
