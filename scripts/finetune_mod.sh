@@ -22,14 +22,20 @@ DATA_TYPE="${DATA_TYPE:-alpaca}"               # a data set under data/reformatt
 TRAIN_FILE="${TRAIN_FILE:-}"                   # a data.jsonl of your own, instead of DATA_TYPE
 MAX_TRAIN_SAMPLES="${MAX_TRAIN_SAMPLES:-5000}"
 
-# What is routed; empty: as the checkpoint says
+# How
+RECIPE="${RECIPE:-default}" # or paper: the published method
+ROUTER_ONLY="${ROUTER_ONLY:-true}"
+
+# What is routed, and how much of it is executed; empty: as the checkpoint says
 MOD_N="${MOD_N:-}"
+if [[ "$RECIPE" == paper ]]; then
+  TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
+  if [[ "$FOLDER_NAME" == smollm2-135m-mod ]]; then GRANULARITY="${GRANULARITY:-attn_sequence}"; fi
+fi
+TARGET_CAPACITY="${TARGET_CAPACITY:-0.7}"
 GRANULARITY="${GRANULARITY:-}"
 
-# How
-ROUTER_ONLY="${ROUTER_ONLY:-true}"
-TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
-RECIPE="${RECIPE:-default}"          # or paper: the published loss
+# How it is learned
 GRADIENT_SCALE="${GRADIENT_SCALE:-}" # of the hinge; empty: the recipe's
 LEARNING_RATE="${LEARNING_RATE:-}"   # empty: the recipe's, by the model's width
 WARMUP="${WARMUP:-}"                 # share of the steps in which it rises; empty: the recipe's

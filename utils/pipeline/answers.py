@@ -12,20 +12,25 @@ from tqdm.auto import tqdm
 
 from .batches import IGNORE_INDEX
 
-NEW_TOKENS = 40
+NEW_TOKENS = 32
 """Tokens of an answer, at most."""
-FEWEST = 8
-"""Rows that `short_prompts` leaves at least, as far as there are so many."""
+SHORT_PROMPTS = 24
+"""Prompts that the capacity of tokens is calibrated on."""
 
 
-def short_prompts(rows: Sequence[Mapping[str, list[int]]]) -> list[Mapping[str, list[int]]]:
-    """Return the half of the rows with the shorter prompts: those that are most like what one types.
+def short_prompts(
+    rows: Sequence[Mapping[str, list[int]]], others: Sequence[Mapping[str, list[int]]], looked_at: int = 256
+) -> list[Mapping[str, list[int]]]:
+    """Return the rows with the shortest prompts, `SHORT_PROMPTS` at most: those most like what one types in a chat.
 
     Args:
-        rows: `input_ids` and `labels`, -100 where unsupervised.
+        rows, others: `input_ids` and `labels`, -100 where unsupervised; of the others the first ones count.
+        looked_at: others, at most.
     """
-    ordered = sorted((rows[number] for number in range(len(rows))), key=lambda row: _prompt_length(row["labels"]))
-    return ordered[: max(FEWEST, (len(ordered) + 1) // 2)]
+    numbered = [rows[number] for number in range(len(rows))]
+    numbered += [others[number] for number in range(min(looked_at, len(others)))]
+    with_prompt = [row for row in numbered if _prompt_length(row["labels"])] or numbered
+    return sorted(with_prompt, key=lambda row: _prompt_length(row["labels"]))[:SHORT_PROMPTS]
 
 
 def _prompt_length(labels: Sequence[int]) -> int:

@@ -223,7 +223,7 @@ class RouterTrainingArguments(TrainingArguments):
     )
     substitute_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of the substitutes; 0 leaves them as fitted. Default: 2 / hidden size."},
+        metadata={"help": "Peak learning rate of the substitutes; 0 leaves them as fitted. Default: 3.5 / hidden size."},
     )
     gradient_scale: float | None = field(
         default=None,
@@ -351,7 +351,7 @@ class RouterTrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = default
         if self.substitute != "none" and self.substitute_learning_rate is None:
-            self.substitute_learning_rate = 2.0 / hidden_size
+            self.substitute_learning_rate = 3.5 / hidden_size
 
     def _resolve_recipe(self) -> None:
         """Fill in what the recipe says for what was not given."""

@@ -291,8 +291,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         """Say what the thresholds are calibrated on, before training; without it they aren't.
 
         Args:
-            rows: tokenized rows that are not trained on. The dense model answers their prompts, of tokens the shorter
-                half's, so that the capacity is that of generation.
+            rows: tokenized rows that are not trained on. The dense model answers their prompts, so that the capacity
+                is that of generation. For tokens, of which more is executed where the prompt is longer, the shortest
+                prompts are taken, from the training rows too.
             ends: tokens that end an answer.
         """
         self._calibration, self._ends = rows, ends
@@ -301,7 +302,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         """Return the rows to calibrate on, with the dense model's answers; every process must call it."""
         if not self._is_answered and len(self._calibration):
             if self.model.config.mod_settings.level == "token":
-                self._calibration = short_prompts(self._calibration)
+                self._calibration = short_prompts(self._calibration, self.train_dataset)
             if self._zero3:
                 logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
             else:
