@@ -57,7 +57,8 @@ def test_a_checkpoint_that_was_saved_again_is_the_same_to_every_command(mod, tmp
     assert again["routers"] == facts["routers"]
     assert again["routers"]["built"]
     assert "not built" not in describe_checkpoint(again)
-    assert identify_routing(tmp_path, "all") == identify_routing(mod, "all")
+    settings = make_settings(read_config(mod))
+    assert identify_routing(tmp_path, settings, "all") == identify_routing(mod, settings, "all")
     assert identify_base(tmp_path)["weights"] == identify_base(mod)["weights"]
     assert read_units(tmp_path) == read_units(mod) == UNITS
     fresh = load_mod_model(mod)
