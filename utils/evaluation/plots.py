@@ -99,6 +99,7 @@ def draw_pareto(axes: Axes, value: dict[str, Any]) -> None:
             if "label" in point:
                 place = (point["x"], point["y"])
                 axes.annotate(point["label"], place, (5, 4), textcoords="offset points", fontsize=8, color=color)
+                axes.margins(0.1)
     if "points" in value:
         _draw_front(axes, value["points"], -1 if value.get("less_is_better") else 1)
     axes.set(xlabel=value["x_label"], ylabel=value["y_label"])
