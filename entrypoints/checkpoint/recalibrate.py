@@ -67,6 +67,7 @@ def main() -> None:
 
     import torch
 
+    from utils.data.chat_format import ends_of_answers
     from utils.io.files import atomic_directory, write_json
     from utils.io.locks import write_alone_until_exit
     from utils.model.checkpoint import (
@@ -81,6 +82,7 @@ def main() -> None:
         write_checkpoint,
     )
     from utils.model.lora import holds_adapter
+    from utils.pipeline.answers import answered, short_prompts
     from utils.pipeline.calibration import (
         REFERENCE_FILE,
         calibrate,
@@ -106,12 +108,17 @@ def main() -> None:
     record = complete(args, settings)
     pooling = args.sequence_pooling if settings.level == "sequence" else None
     settings = replace(settings, target_capacity=args.capacity, sequence_pooling=pooling)
-    calibration, held_out = prepare_rows(args, record, load_tokenizer(args.checkpoint))
+    tokenizer = load_tokenizer(args.checkpoint)
+    rows, held_out, batches = prepare_rows(args, record, tokenizer)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     model = load_mod_model(args.checkpoint, settings, dtype=getattr(torch, dtype)).to(device).eval()
-    calibration, held_out = ([to_device(batch, device) for batch in part] for part in (calibration, held_out))
+    held_out = [to_device(batch, device) for batch in held_out]
+    if settings.level == "token":
+        rows = short_prompts(rows, ())
+    rows = answered(model, rows, ends_of_answers(tokenizer, args.chat_format), progress=True)
+    calibration = [to_device(batch, device) for batch in batches(rows)]
     try:
         cuts = settled_cuts(model, read_units(args.checkpoint), record.get("capacity_control"))
     except UserError as error:
@@ -121,8 +128,7 @@ def main() -> None:
     # of another file what routers make of the run's rows says nothing
     of_this_text = None if args.calibration_file else reference
     settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True, reference=of_this_text)
-    rows = sum(len(batch["labels"]) for batch in calibration)
-    logging.info("calibrated on %d rows: %.3f of the inputs are executed", rows, share)
+    logging.info("calibrated on %d rows: %.3f of the inputs are executed", len(rows), share)
     # thresholds of other capacities hold for text that is read and decided on as this was
     kept = settings.capacities if args.as_trained and not args.calibration_file else None
     table = {entry["capacity"]: cuts_of(replace(settings, threshold=entry["threshold"])) for entry in kept or ()}
@@ -139,7 +145,7 @@ def main() -> None:
     results["recalibration"] = {
         "checkpoint": str(args.checkpoint),
         "capacity": args.capacity,
-        "calibration": {"rows": rows, "capacity": share, "file": args.calibration_file or args.train_file},
+        "calibration": {"rows": len(rows), "capacity": share, "file": args.calibration_file or args.train_file},
         "record": record,
         "versions": installed_versions(),
     }
@@ -217,7 +223,7 @@ def read_reference(checkpoint) -> dict | None:
 
 
 def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
-    """Return batches to calibrate on and held-out batches."""
+    """Return rows to calibrate on, held-out batches, and what makes batches of rows."""
     from datasets import concatenate_datasets
 
     from utils.data.collation import SupervisedCollator
@@ -265,7 +271,7 @@ def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
     if not parts:
         where = args.calibration_file or args.train_file
         raise UserError(f"{where}: every row was trained on or is held out; give a --calibration_file of other rows")
-    return batches(concatenate_datasets(parts)), batches(tokenized(held_out))
+    return concatenate_datasets(parts), batches(tokenized(held_out)), batches
 
 
 def warn_of_another_file(args, record) -> None:

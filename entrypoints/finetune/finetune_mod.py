@@ -19,6 +19,7 @@ def main() -> int | None:
     die_with_launcher()
     from transformers import set_seed
 
+    from utils.data.chat_format import ends_of_answers
     from utils.data.splitting import set_aside
     from utils.io.locks import write_alone_until_exit
     from utils.model.base_models import resolve_base_model
@@ -83,7 +84,7 @@ def main() -> int | None:
         check_enough(train_set["length"], config["hidden_size"])
     model = prepare_model(model_args, training_args, model_dir, settings)
     trainer = make_trainer(model, training_args, tokenizer, train_set, eval_set, run)
-    trainer.calibrate_on(calibration_set, ends_of_answers(tokenizer, data_args))
+    trainer.calibrate_on(calibration_set, ends_of_answers(tokenizer, data_args.chat_format))
     claim_output_directory(training_args, run)
     if checkpoint:
         logging.info("going on from %s", checkpoint)
@@ -110,14 +111,6 @@ def check_substitute(training_args, settings, config):
         raise UserError(
             f"the checkpoint holds substitutes of rank {held['rank']}: for others, or none, train from the dense base"
         )
-
-
-def ends_of_answers(tokenizer, data_args):
-    """Return the tokens that end an answer: the tokenizer's own, and the chat's mark at the end of a turn."""
-    from utils.data.chat_format import make_chat_format
-
-    mark = make_chat_format(data_args.chat_format, tokenizer).end_mark
-    return {tokenizer.convert_tokens_to_ids(mark), tokenizer.eos_token_id} - {None}
 
 
 def prepare_data(data_args, training_args, tokenizer):

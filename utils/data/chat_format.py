@@ -294,3 +294,13 @@ def _refuse_control_tokens(messages: Sequence[Message], control_tokens: re.Patte
     for message in messages:
         if control_tokens.search(message["content"]):
             raise RefusedConversationError("a content spells out a control token of the chat")
+
+
+def ends_of_answers(tokenizer: PreTrainedTokenizerBase, chat_format: str = "auto") -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's own end of text, and the chat's end of a turn.
+
+    Raises:
+        UserError: as `make_chat_format`.
+    """
+    mark = make_chat_format(chat_format, tokenizer).end_mark
+    return {tokenizer.convert_tokens_to_ids(mark), tokenizer.eos_token_id} - {None}

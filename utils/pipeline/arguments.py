@@ -223,7 +223,9 @@ class RouterTrainingArguments(TrainingArguments):
     )
     substitute_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of the substitutes; 0 leaves them as fitted. Default: 3.5 / hidden size."},
+        metadata={
+            "help": "Peak learning rate of the substitutes; 0 leaves them as fitted. Default: 3.5 / hidden size."
+        },
     )
     gradient_scale: float | None = field(
         default=None,
