@@ -106,7 +106,7 @@ def test_one_training_serves_another_capacity(moe_trained, repository, tmp_path)
 def build_baseline(kind, upcycled, workplace, repository, output_dir, *arguments, **options):
     command = (sys.executable, repository / "entrypoints/checkpoint/build_baseline.py", kind)
     text = ("--train_file", workplace / "data/alpaca/data.jsonl", "--rows", 12, "--max_seq_length", 96)
-    where = ("--model_name_or_path", upcycled, "--output_dir", output_dir)
+    where = ("--model_name_or_path", upcycled, "--output_dir", output_dir, "--max_use_prompts", 0)
     return run(*command, *where, *text, *arguments, **options)
 
 
@@ -120,6 +120,20 @@ def test_dropped_experts_are_never_executed_and_the_others_always(upcycled, work
     for row, layer in zip(thresholds, load["experts"].values(), strict=True):
         for value, assigned, executed in zip(row, layer["assigned"], layer["executed"], strict=True):
             assert executed == (0 if value > 0.5 else assigned)
+
+
+@pytest.mark.slow
+def test_what_dropped_experts_leave_out_is_a_fitted_map(upcycled, workplace, repository, tmp_path):
+    losses = []
+    for name, arguments in (("nothing", ()), ("map", ("--substitute", "linear", "--substitute_rank", 5))):
+        arguments = ("--capacity", 0.5, *arguments)
+        build_baseline("expert_drop", upcycled, workplace, repository, tmp_path / name, *arguments)
+        held_out = json.loads((tmp_path / name / "results.json").read_text())["held_out"]
+        assert held_out["routed"]["eval_capacity"] == pytest.approx(0.5, abs=0.1)
+        losses.append(held_out["routed"]["eval_loss"])
+    maps = load_mod_model(tmp_path / "map").substitute_modules()
+    assert [tuple(substitute.down.shape) for substitute in maps.values()] == [(5, 16)] * 3
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("kind", ["expert_drop", "random"])
