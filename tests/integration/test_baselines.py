@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import sys
 
 import pytest
@@ -79,12 +78,12 @@ def test_what_a_static_baseline_skips_returns_a_fitted_map(build, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_with_substitutes_is_a_base_like_any_other(build, workplace, tmp_path, monkeypatch):
+def test_a_checkpoint_with_substitutes_is_a_base_like_any_other(build, tmp_path):
     build("random", "--substitute", "linear", *NO_USE)
     assert "use" not in json.loads((tmp_path / "out/results.json").read_text())
-    trained, again = tmp_path / "out", tmp_path / "again"
+    trained = tmp_path / "out"
     for arguments, rank in (((), None), (("--substitute", "linear", "--substitute_rank", 3), 3)):
-        shutil.rmtree(again, ignore_errors=True)
+        again = tmp_path / f"rank {rank}"
         build("cosine", "--model_name_or_path", trained, "--output_dir", again, *NO_USE, *arguments)
         settings = load_mod_model(again).mod_settings
         assert (settings.substitute or {}).get("rank") == rank
