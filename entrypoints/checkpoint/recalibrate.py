@@ -31,7 +31,7 @@ FROM_RECORD = {
 }
 """What is taken from the run's record unless it is given -> what it is where there is no record."""
 HOW_ROWS_ARE_READ = ("max_seq_length", "chat_format", "sequence_pooling")
-"""Where one of these is another than the run's, what its routers made of its own rows says nothing."""
+"""Where one of these is another than the run's, its other capacities were calibrated on other text."""
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -82,16 +82,13 @@ def main() -> None:
         write_checkpoint,
     )
     from utils.model.lora import holds_adapter
-    from utils.pipeline.answers import answered, short_prompts
+    from utils.pipeline.answers import answered
     from utils.pipeline.calibration import (
-        REFERENCE_FILE,
         calibrate,
         cuts_of,
         fold_table,
         pack_capacities,
-        pack_reference,
         settled_cuts,
-        unpack_reference,
     )
     from utils.pipeline.held_out import held_out_results
     from utils.pipeline.run_directory import installed_versions
@@ -115,19 +112,13 @@ def main() -> None:
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     model = load_mod_model(args.checkpoint, settings, dtype=getattr(torch, dtype)).to(device).eval()
     held_out = [to_device(batch, device) for batch in held_out]
-    if settings.level == "token":
-        rows = short_prompts(rows, ())
     rows = answered(model, rows, ends_of_answers(tokenizer, args.chat_format), progress=True)
     calibration = [to_device(batch, device) for batch in batches(rows)]
     try:
         cuts = settled_cuts(model, read_units(args.checkpoint), record.get("capacity_control"))
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from None
-    packed = read_reference(args.checkpoint) if args.as_trained else None
-    reference = unpack_reference(packed) if packed else None
-    # of another file what routers make of the run's rows says nothing
-    of_this_text = None if args.calibration_file else reference
-    settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True, reference=of_this_text)
+    settled, share = calibrate(model, calibration, cuts, args.capacity, progress=True)
     logging.info("calibrated on %d rows: %.3f of the inputs are executed", len(rows), share)
     # thresholds of other capacities hold for text that is read and decided on as this was
     kept = settings.capacities if args.as_trained and not args.calibration_file else None
@@ -152,10 +143,6 @@ def main() -> None:
     routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
     with atomic_directory(args.output_dir) as unfinished:
         write_json(unfinished / "results.json", results)
-        if reference is not None:
-            layer = settings.layers[0]  # the shift is the same for all
-            shift = (settled[layer] - cuts[layer][0]) / cuts[layer][1]
-            write_json(unfinished / REFERENCE_FILE, pack_reference(*reference, shift))
         substitutes = {name: parameter.detach() for name, parameter in substitute_parameters(model).items()}
         write_checkpoint(
             unfinished, args.checkpoint, model.config.mod_settings, routers, units=units, substitutes=substitutes
@@ -165,8 +152,8 @@ def main() -> None:
 
 def check(args) -> None:
     """Raise `UserError` for what is out of range."""
-    if not 0.0 <= args.capacity <= 1.0:
-        raise UserError(f"capacity {args.capacity} must lie between 0 and 1")
+    if not 0.0 < args.capacity <= 1.0:
+        raise UserError(f"capacity {args.capacity} must be above 0 and at most 1")
     for name in ("rows", "max_train_samples", "max_eval_samples", "max_seq_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -208,20 +195,6 @@ def complete(args, settings) -> dict:
     return record
 
 
-def read_reference(checkpoint) -> dict | None:
-    """Return the reference that a regression's thresholds were calibrated with, None where there was none."""
-    from utils.pipeline.calibration import REFERENCE_FILE
-
-    path = checkpoint / REFERENCE_FILE
-    try:
-        reference = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if reference is not None and not {"quantiles", "inputs", "gate"} <= reference.keys():
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is damaged") from None
-    return reference
-
-
 def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
     """Return rows to calibrate on, held-out batches, and what makes batches of rows."""
     from datasets import concatenate_datasets
@@ -230,6 +203,7 @@ def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
     from utils.data.messages import load_messages
     from utils.data.splitting import set_aside, split_for_training, without
     from utils.data.tokenization import tokenize_dataset
+    from utils.pipeline.answers import short_prompts
     from utils.pipeline.batches import deciding_tokens
 
     collate = SupervisedCollator.for_tokenizer(tokenizer)
@@ -257,11 +231,11 @@ def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
     if args.eval_file:
         held_out = load_messages(args.eval_file, max_rows=args.max_eval_samples)
     elsewhere = [part for part in (train, held_out) if part is not None]
-    parts = []
+    parts, trained = [], ()
     if args.calibration_file:
         left_over = load_messages(args.calibration_file).shuffle(seed=args.seed)
     elif record["calibration_rows"]:
-        _, aside = set_aside(tokenized(train), record["calibration_rows"])
+        trained, aside = set_aside(tokenized(train), record["calibration_rows"])
         parts += [aside.select(range(min(args.rows, len(aside))))] if len(aside) else []
     wanted = args.rows - sum(map(len, parts))
     if wanted and len(left_over):
@@ -271,7 +245,9 @@ def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
     if not parts:
         where = args.calibration_file or args.train_file
         raise UserError(f"{where}: every row was trained on or is held out; give a --calibration_file of other rows")
-    return concatenate_datasets(parts), batches(tokenized(held_out)), batches
+    rows = concatenate_datasets(parts)
+    rows = rows if args.calibration_file else short_prompts(rows, trained)
+    return rows, batches(tokenized(held_out)), batches
 
 
 def warn_of_another_file(args, record) -> None:

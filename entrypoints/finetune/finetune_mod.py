@@ -335,7 +335,6 @@ def save(trainer, model_args, model_dir, results) -> None:
     """Write the checkpoint and the results, print the table and, last, the output directory."""
     from utils.io.files import write_json
     from utils.model.checkpoint import write_checkpoint
-    from utils.pipeline.calibration import REFERENCE_FILE
     from utils.pipeline.report import run_table
 
     routers, substitutes = trainer.router_state(), trainer.substitute_state()
@@ -347,8 +346,6 @@ def save(trainer, model_args, model_dir, results) -> None:
         return
     output_dir, settings = Path(trainer.args.output_dir), trainer.model.config.mod_settings
     write_json(output_dir / "results.json", results)
-    if trainer.reference is not None:
-        write_json(output_dir / REFERENCE_FILE, trainer.reference)
     how = write_checkpoint(
         output_dir,
         model_dir,

@@ -469,7 +469,7 @@ class TestControls:
         arguments = self.ARGUMENTS | {"capacity_control": "regression"}
         trainer = make_trainer(base_dir, tmp_path, granularity, rows=make_rows(32), **arguments)
         trainer.train()
-        weights, cuts, _ = trainer.capacity_control.solve()
+        weights, cuts = trainer.capacity_control.solve()
         for layer, router in trainer.model.router_modules().items():
             trainer.set_parameter(router.weight, weights[layer])
         trainer.model.eval()

@@ -3,10 +3,6 @@
 All layers' logits are counted in units in which they compare, `u = (W_l x - cut_l) / scale_l`, and the same shift `d`
 is added to every cut: an input is kept where `u >= d`. What a layer skips changes what later layers read, so the share
 is measured by running the model with the shift, and the shift found by a few such runs.
-
-Few rows tell a share poorly: at sequence level its standard error on 64 rows is 2 points. Where `u` is known of many
-rows by a fit that left each of them out, taken with all gates at one value, those say what share lies above the shift,
-and the calibration rows, run both ways, only how much skipping moves it: a control variate.
 """
 
 import logging
@@ -30,9 +26,6 @@ Cut = float | list[float]
 
 logger = logging.getLogger(__name__)
 
-REFERENCE_FILE = "calibration.json"
-"""In a run's output directory: the `reference` that its thresholds were calibrated with, if any."""
-QUANTILES = 1001
 JUMP = 0.01
 """How far from the target a common shift of all layers may end."""
 
@@ -49,7 +42,6 @@ def calibrate(
     tolerance: float = 0.004,
     runs: int = 5,
     progress: bool = False,
-    reference: tuple[torch.Tensor, float] | None = None,
     execution: str | None = None,
 ) -> tuple[dict[int, Cut], float]:
     """Find cuts that keep a share `target` of the inputs; of tokens, the mean over rows of each row's share.
@@ -62,8 +54,6 @@ def calibrate(
         tolerance: stop when the measured share is this near.
         runs: forwards over all batches, at most.
         progress: show a bar.
-        reference: `u` of inputs of other rows, float [inputs], as a router that never saw them would find it with all
-            gates at the value that comes with them.
         execution: of the model, where another than its own in evaluation is to be taken.
 
     Returns:
@@ -76,44 +66,38 @@ def calibrate(
     below, above = -math.inf, math.inf  # shifts that keep too much, too little
     bar = tqdm(total=runs, desc="calibrating thresholds", disable=not progress)
 
-    def measure(shifts: Mapping[int, float]) -> tuple[torch.Tensor, float, float]:
-        """Return all `u` with these shifts, the share above them, and by how much more rows would raise it."""
+    def measure(shifts: Mapping[int, float]) -> tuple[torch.Tensor, float]:
+        """Return all `u` with these shifts, and the share that they keep."""
         nonlocal weights, best
         shifted = {layer: (_moved(cut, shifts[layer] * scale), scale) for layer, (cut, scale) in cuts.items()}
         values = logits_of_routers(model, batches, shifted, lambda u: (u >= 0).to(u.dtype), execution)
         if weights is None:
             weights = weights_of_inputs(model, batches, len(values))
-        shift = shifts[layers[0]]
-        more = 0.0 if reference is None else _above(known, shift) - _above(alike, shift)
-        share = _above(values, 0.0, weights) + more
+        share = _kept(values, weights)
         best = min(best, (abs(share - target), dict(shifts), share), key=lambda found: found[0])
         bar.update()
-        return values, share, more
+        return values, share
 
     try:
-        if reference is not None:
-            others, gate = reference
-            alike = logits_of_routers(model, batches, cuts, lambda u: torch.full_like(u, gate), execution="dense")
-            known = torch.cat([alike, others.to(alike)])
         shift = 0.0
         for _ in range(runs):
-            values, share, more = measure(dict.fromkeys(layers, shift))
+            values, share = measure(dict.fromkeys(layers, shift))
             if abs(share - target) <= tolerance:
                 break
             if share > target:
                 below = max(below, shift)
             else:
                 above = min(above, shift)
-            shift += _quantile(values, 1 - target + more, weights)
+            shift += _quantile(values, 1 - target, weights)
             if not below < shift < above:  # skipping moved the logits: bisect
                 shift = (below + above) / 2 if math.isfinite(below + above) else shift
-        if best[0] > JUMP and reference is None and math.isfinite(below + above):
+        if best[0] > JUMP and math.isfinite(below + above):
             # what one layer executes makes the next execute: between two shifts the share jumps. Let the one hold for
             # the first layers, the other for the rest
             first, last = 0, len(layers)
             while last - first > 1 and best[0] > tolerance:
                 middle = (first + last) // 2
-                _, share, _ = measure({layer: below if n < middle else above for n, layer in enumerate(layers)})
+                _, share = measure({layer: below if n < middle else above for n, layer in enumerate(layers)})
                 first, last = (first, middle) if share > target else (middle, last)
     finally:
         bar.close()
@@ -124,27 +108,6 @@ def calibrate(
 
 def _moved(cut: Cut, by: float) -> Cut:
     return [each + by for each in cut] if isinstance(cut, list) else cut + by
-
-
-def pack_reference(values: torch.Tensor, gate: float, shift: float) -> dict[str, Any]:
-    """Return what `calibrate` takes as `reference` for JSON, its distribution in place of single values.
-
-    Args:
-        values: `u`, float [inputs].
-        gate: the value that all gates had.
-        shift: added to the cuts since, in units of `u`.
-    """
-    shares = torch.linspace(0, 1, QUANTILES, dtype=torch.float64)
-    quantiles = (values.double().quantile(shares) - shift).tolist()
-    return {"gate": gate, "inputs": len(values), "quantiles": [round(value, 6) for value in quantiles]}
-
-
-def unpack_reference(packed: Mapping[str, Any]) -> tuple[torch.Tensor, float]:
-    """Return what `pack_reference` was given, relative to the cuts since: as many values of the same distribution."""
-    quantiles = torch.tensor(packed["quantiles"], dtype=torch.float64)
-    places = (torch.arange(packed["inputs"], dtype=torch.float64) + 0.5) / packed["inputs"] * (len(quantiles) - 1)
-    below = places.long().clamp(max=len(quantiles) - 2)
-    return torch.lerp(quantiles[below], quantiles[below + 1], places - below).float(), packed["gate"]
 
 
 @torch.no_grad()
@@ -199,9 +162,9 @@ def weights_of_inputs(
     return weights / weights.mean()
 
 
-def _above(values: torch.Tensor, shift: float, weights: torch.Tensor | None = None) -> float:
-    above = (values >= shift).double()
-    return float(above.mean() if weights is None else (above * weights).mean())
+def _kept(values: torch.Tensor, weights: torch.Tensor | None) -> float:
+    kept = (values >= 0).double()
+    return float(kept.mean() if weights is None else (kept * weights).mean())
 
 
 def _quantile(values: torch.Tensor, share: float, weights: torch.Tensor | None = None) -> float:

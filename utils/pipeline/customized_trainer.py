@@ -18,14 +18,14 @@ from utils.model.checkpoint import change_settings, router_name, set_thresholds,
 
 from .answers import answered, prompt_share, short_prompts
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
-from .calibration import calibrate_table, cuts_of, fold_table, pack_capacities, pack_reference
+from .calibration import calibrate_table, cuts_of, fold_table, pack_capacities
 from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
 from .losses import capacity_hinge, executed_inputs, next_token_nll
 from .metrics import RoutingMeter
 from .processes import Termination
-from .regression_control import GATE, RegressionControl
+from .regression_control import RegressionControl
 from .substitutes import fit, rows_to_fit
 from .training_checkpoint import TrainingCheckpoints
 
@@ -75,7 +75,6 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._ends: Collection[int] = ()
         self._is_answered = False
         self._weights_of_parts = 1.0, 1.0  # of prompts and of answers
-        self.reference: dict[str, Any] | None = None  # for such shifts, what routers make of rows that they never saw
         self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
         self._window_sequences: float | torch.Tensor = 0.0
         self._window_inputs = self._window_tokens = torch.ones(())  # of all processes
@@ -292,8 +291,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
         Args:
             rows: tokenized rows that are not trained on. The dense model answers their prompts, so that the capacity
-                is that of generation. For tokens, of which more is executed where the prompt is longer, the shortest
-                prompts are taken, from the training rows too.
+                is that of generation. As what is executed follows from a prompt's length too, the shortest ones are
+                taken, from the training rows as well.
             ends: tokens that end an answer.
         """
         self._calibration, self._ends = rows, ends
@@ -301,8 +300,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
     def _answered(self) -> Sequence[dict[str, list[int]]]:
         """Return the rows to calibrate on, with the dense model's answers; every process must call it."""
         if not self._is_answered and len(self._calibration):
-            if self.model.config.mod_settings.level == "token":
-                self._calibration = short_prompts(self._calibration, self.train_dataset)
+            self._calibration = short_prompts(self._calibration, self.train_dataset)
             if self._zero3:
                 logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
             else:
@@ -316,10 +314,9 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         calibration_rows = self._answered()
         control, settings = self.capacity_control, self.model.config.mod_settings
         show = self.is_world_process_zero() and not self.args.disable_tqdm
-        weights, reference = self.router_weights(), None
+        weights = self.router_weights()
         if isinstance(control, RegressionControl):
-            weights, cuts, left_out = control.solve(progress=show)
-            reference = left_out, GATE
+            weights, cuts = control.solve(progress=show)
         elif control is not None:
             cuts = control.cuts()
         elif not len(calibration_rows):
@@ -333,14 +330,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             batches = list(self._router_batches(calibration_rows, self.args.per_device_eval_batch_size))
             options = {"progress": show, "execution": self._eval_execution}
             capacities = sorted({*self.args.capacities, self.args.target_capacity}, reverse=True)
-            settled = calibrate_table(self.model, batches, cuts, capacities, reference=reference, **options)
+            settled = calibrate_table(self.model, batches, cuts, capacities, **options)
         table, factors = fold_table(settled)
         self.set_routers({layer: weights[layer] * factor for layer, factor in factors.items()})
         self.units = {layer: factor * cuts[layer][1] for layer, factor in factors.items()}
-        if reference is not None:
-            layer = settings.layers[0]  # the shift is the same for all
-            at_target = settled[self.args.target_capacity]
-            self.reference = pack_reference(*reference, (at_target[layer] - cuts[layer][0]) / cuts[layer][1])
         change_settings(
             self.model,
             threshold=table[self.args.target_capacity],

@@ -92,12 +92,8 @@ class RegressionControl:
         rows, there = (accelerator.gather(accelerator.pad_across_processes(values)) for values in parts)
         self.rows.append(rows[there > 0].cpu())
 
-    def solve(
-        self, progress: bool = False
-    ) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]], torch.Tensor]:
-        """Return layer index -> router weight, float32 [1, hidden_size], layer index -> cut and its unit, and all `u`.
-
-        `u` is how far above the price the cost of each row is in each layer, predicted by the fit without that row.
+    def solve(self, progress: bool = False) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]]]:
+        """Return layer index -> router weight, float32 [1, hidden_size], layer index -> cut and its unit.
 
         Args:
             progress: show a bar.
@@ -111,7 +107,7 @@ class RegressionControl:
         price = float(left_out.quantile(1 - self.target))
         weights = {layer: fit[0].float()[None] for layer, fit in zip(self.routers, fits, strict=True)}
         cuts = {layer: (price - fit[1], 1.0) for layer, fit in zip(self.routers, fits, strict=True)}
-        return weights, cuts, left_out - price
+        return weights, cuts
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that training goes on from, at the end of a window."""
