@@ -19,7 +19,6 @@ from transformers import (
 
 from utils.io.errors import UserError
 from utils.model.checkpoint import load_mod_model, make_settings, read_config
-from utils.pipeline.answers import answered
 from utils.pipeline.arguments import RouterTrainingArguments, accumulation_steps
 from utils.pipeline.calibration import logits_of_routers
 from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
@@ -457,7 +456,7 @@ class TestControls:
         trainer.finish()
         shares = []
         trainer.model.eval()
-        for row in answered(trainer.model, rows, ends=()):  # what it was calibrated on: the model's own answers
+        for row in trainer._answered():  # what it was calibrated on: the model's own answers to short prompts
             with torch.no_grad():
                 gates = trainer.model(**collate([row])).router_gates
             shares.append(float(gates.mean()))

@@ -31,6 +31,9 @@ from .training_checkpoint import TrainingCheckpoints
 
 logger = logging.getLogger(__name__)
 
+FIRST_TOKEN = 8
+"""How many times an answer's first token counts where the dense model is learned from: it is what a prompt decides, and
+one in dozens of tokens."""
 MOMENT_ROWS = 32
 """Training rows on which the budget control measures what the routers read."""
 
@@ -132,6 +135,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if "taught" in batch:
                 taught = batch.pop("taught")
                 batch |= {name: batch[name].index_select(0, taught) for name in ("positions", "targets")}
+            if self._teacher is not None:
+                batch |= _with_first_tokens(batch, FIRST_TOKEN)
         last = batches[-1]
         # accelerate forgets the remainder when it skips to where a run left off (1.15)
         together = self._train_batch_size * self.args.world_size
@@ -424,6 +429,13 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums.clone(), reduction="sum")
+
+
+def _with_first_tokens(batch: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
+    """Return a batch's positions and targets, those of the first token of each row's answer `times` times."""
+    rows = batch["positions"] // batch["labels"].shape[1]
+    first = torch.cat([rows.new_ones(1, dtype=torch.bool), rows.diff() > 0]) if len(rows) else rows.bool()
+    return {name: torch.cat([batch[name], *[batch[name][first]] * (times - 1)]) for name in ("positions", "targets")}
 
 
 def _set_apart(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
