@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from utils.io.errors import UserError
-from utils.model.checkpoint import load_mod_model, make_settings, read_config
+from utils.model.checkpoint import add_substitutes, load_mod_model, make_settings, read_config
 from utils.pipeline.arguments import RouterTrainingArguments, accumulation_steps
 from utils.pipeline.calibration import logits_of_routers
 from utils.pipeline.customized_trainer import RouterTrainer, freeze_backbone
@@ -82,9 +82,11 @@ def collate(rows):
     }
 
 
-def make_trainer(base_dir, output_dir, granularity="attn_sequence", rows=None, routers_seed=5, **arguments):
+def make_trainer(base_dir, output_dir, granularity="attn_sequence", rows=None, routers_seed=5, rank=None, **arguments):
     settings = make_settings(read_config(base_dir), mod_n=3, granularity=granularity)
     model = load_mod_model(base_dir, settings)
+    if rank:
+        add_substitutes(model, {"kind": "linear", "rank": rank})
     generator = torch.Generator().manual_seed(routers_seed or 0)
     with torch.no_grad():
         for router in model.router_modules().values() if routers_seed is not None else ():  # some kept, some dropped
@@ -421,6 +423,25 @@ class TestControls:
             trainer.finish()
             settings.append(trainer.model.config.mod_settings)
         assert settings[1].threshold == pytest.approx(settings[0].threshold, abs=1e-5)
+
+    @pytest.mark.parametrize(("granularity", "control"), [("block_token", "budget"), ("attn_sequence", "regression")])
+    def test_substitutes_are_fitted_then_trained_and_go_on_exactly(self, base_dir, tmp_path, granularity, control):
+        arguments = {"save_strategy": "steps", "save_steps": 2, "capacity_control": control, "distillation_weight": 1.0}
+        arguments = self.ARGUMENTS | arguments | {"substitute": "linear", "rank": 4}
+        runs = {}
+        for name, rate in (("whole", None), ("again", None), ("left", 0.0)):
+            trainer = make_trainer(
+                base_dir, tmp_path / name, granularity, make_rows(32), None, substitute_learning_rate=rate, **arguments
+            )
+            if rate == 0.0:
+                for substitute in trainer.model.substitute_modules().values():
+                    substitute.requires_grad_(False)
+            trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2") if name == "again" else None)
+            runs[name] = trainer.substitute_state()
+        assert all(value.any() for name, value in runs["left"].items())
+        for name, value in runs["whole"].items():
+            assert runs["again"][name].equal(value)
+            assert not runs["left"][name].equal(value)
 
     @pytest.mark.parametrize("control", ["budget", "regression"])
     def test_a_run_that_was_cut_short_goes_on_to_the_same_routers_and_thresholds(self, base_dir, tmp_path, control):

@@ -276,7 +276,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         with whole_parameters(parameters):
             if not parameters or any(parameter.any() for parameter in parameters):
                 return
-        rows = rows_to_fit(self.train_dataset["length"], self.model.config.hidden_size)
+        rows = rows_to_fit((len(row["input_ids"]) for row in self.train_dataset), self.model.config.hidden_size)
         show = self.is_world_process_zero() and not self.args.disable_tqdm
         fitted = fit(self.model, list(self._first_batches(rows)), progress=show)
         for layer, substitute in substitutes.items():
