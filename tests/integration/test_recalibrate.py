@@ -149,10 +149,11 @@ def test_checkpoints_that_cannot_be_shifted_are_refused(by_budget, workplace, re
     old = strip_units(by_budget, tmp_path / "old")
     untrained, data = workplace / "ckpt/tiny-mod", workplace / "data/alpaca/data.jsonl"
     of_untrained = ("--train_file", data, "--max_train_samples", 8, "--max_seq_length", 96)
-    for checkpoint, arguments, message in (
+    refused = (
         (old, (), "trained with capacity_control budget, so they need not be 1"),
         (untrained, (), "no record of what it was trained on"),
         (untrained, of_untrained, "its routers are at zero"),
-    ):
+    )
+    for number, (checkpoint, arguments, message) in enumerate(refused):  # a process holds its output until it ends
         with pytest.raises(UserError, match=message):
-            recalibrate(checkpoint, "--capacity", 0.9, *arguments)
+            recalibrate(checkpoint, "--capacity", 0.9, *arguments, "--output_dir", tmp_path / str(number))
