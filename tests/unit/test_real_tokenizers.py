@@ -129,8 +129,9 @@ def test_a_checkpoints_tokenizer_is_the_one_that_transformers_makes_of_its_base(
     request, tmp_path, arch, released, named
 ):
     base, mod = tmp_path / "base", tmp_path / "mod"
-    make_base(arch).save_pretrained(base)
-    request.getfixturevalue(released).save_pretrained(base)
+    released_tokenizer = request.getfixturevalue(released)
+    make_base(arch, vocab_size=len(released_tokenizer)).save_pretrained(base)
+    released_tokenizer.save_pretrained(base)
     fields = json.loads((base / "tokenizer_config.json").read_text())
     fields.pop("tokenizer_class", None)
     (base / "tokenizer_config.json").write_text(json.dumps(fields | ({"tokenizer_class": named} if named else {})))

@@ -20,11 +20,13 @@ def deciding_tokens(
     Args:
         attention_mask: [batch, tokens], or None where there is no padding.
         labels: int64 [batch, tokens].
-        sequence_pooling: `all` real tokens, or those of the `prompt`, before the first supervised one.
+        sequence_pooling: `all` real tokens, or those of the `prompt`, before the first supervised one; of a row without
+            a prompt, which in generation would be one itself, all.
     """
     deciding = None if attention_mask is None else attention_mask.bool()
     if sequence_pooling == "prompt":
         prompt = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
+        prompt |= ~prompt[:, :1]
         deciding = prompt if deciding is None else deciding & prompt
     return deciding
 

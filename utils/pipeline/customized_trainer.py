@@ -154,7 +154,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if settings.target == "expert":  # each assignment of a token is an input
             inputs = inputs * self.model.config.num_experts_per_tok
         received = torch.tensor(int(self.termination.received))
-        counts = torch.stack([count.to(device).double() for count in (tokens, sequences, received, inputs)])
+        counts = torch.stack([count.to(device).float() for count in (tokens, sequences, received, inputs)])
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
             self.termination.agree(counts[2])
