@@ -168,6 +168,7 @@ class TestMistakes:
         ("arguments", "message"),
         [
             (["--granularity", "attn_sequense"], "did you mean 'attn_sequence'?"),
+            (["--max_use_prompts", "-1"], "max_use_prompts -1 must not be negative"),
             (["--mod_n", "9"], "it runs from 1 to 6"),
             (["--target_capacity", "1.5"], "target_capacity 1.5 must be above 0 and at most 1"),
             (["--train_file", "nowhere.jsonl"], "train_file nowhere.jsonl: no such file"),

@@ -37,13 +37,14 @@ def _prompt_length(labels: Sequence[int]) -> int:
     return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
-def prompt_share(rows: Sequence[Mapping[str, list[int]]]) -> float:
+def prompt_share(rows: Sequence[Mapping[str, list[int]]], looked_at: int = 1000) -> float:
     """Return the share of a row's tokens that are its prompt's, the mean over rows; a half where there are none.
 
     Args:
         rows: `input_ids` and `labels`, -100 where unsupervised.
+        looked_at: rows, the first ones, at most.
     """
-    labels = [rows[number]["labels"] for number in range(len(rows))]
+    labels = [rows[number]["labels"] for number in range(min(looked_at, len(rows)))]
     shares = [each.count(IGNORE_INDEX) / len(each) for each in labels]
     mean = sum(shares) / len(shares) if shares else 0.5
     return mean if 0.0 < mean < 1.0 else 0.5

@@ -123,6 +123,10 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} {value} must be at least 1")
+        if self.max_use_prompts < 0:
+            raise UserError(
+                f"max_use_prompts {self.max_use_prompts} must not be negative; 0 measures no figures of use"
+            )
         if not 0.0 <= self.max_dropped <= 1.0:
             raise UserError(f"max_dropped {self.max_dropped} must lie between 0 and 1")
 

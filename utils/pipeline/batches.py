@@ -48,10 +48,12 @@ class SupervisedBatches:
     Args:
         collate: returns `input_ids` and `labels`, int64 [batch, tokens], and, where rows are padded, `attention_mask`.
         every: above 1, `taught` says which positions are each row's first, and every so many-th after it.
+        first: above 1, `taught` has each row's first position so many times.
     """
 
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
     every: int = 1
+    first: int = 1
 
     def __call__(self, features: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Return the batch with `positions`, int64 [supervised], and `targets`, int64 [supervised].
@@ -68,8 +70,9 @@ class SupervisedBatches:
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             raise ValueError("the collator pads on the left; training needs padding on the right")
         batch["positions"], batch["targets"] = supervised(batch["labels"])
-        if self.every > 1:
+        if self.every > 1 or self.first > 1:
             rows = batch["positions"] // batch["labels"].shape[1]
             place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)  # within the row
-            batch["taught"] = (place % self.every == 0).nonzero().squeeze(-1)
+            taught, first = ((place % every == 0).nonzero().squeeze(-1) for every in (self.every, len(rows) + 1))
+            batch["taught"] = torch.cat([taught, first.repeat(self.first - 1)])
         return batch

@@ -234,9 +234,8 @@ def fold(cuts: Mapping[int, Cut]) -> tuple[list[Cut], dict[int, float]]:
         The thresholds in the order of the layers, and layer index -> the factor by which the layer's router is to be
         multiplied with them: below 1 where the cut lies far out. What is kept stays the same.
     """
-    factors = {layer: min(1.0, LARGEST_CUT / max(_farthest(cut), 1e-9)) for layer, cut in cuts.items()}
-    logits = [torch.tensor(cut, dtype=torch.float64) * factors[layer] for layer, cut in cuts.items()]
-    return [cut.sigmoid().tolist() for cut in logits], factors
+    table, factors = fold_table({0.0: cuts})
+    return table[0.0], factors
 
 
 def cuts_of(settings: MoDSettings) -> dict[int, Cut]:

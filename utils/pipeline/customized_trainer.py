@@ -57,15 +57,16 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     `train_sampler`, if given, orders the training rows instead of Trainer's own sampler.
 
-    Logged besides Trainer's own: `task_loss` (true mean over the supervised tokens), `distillation_loss` where it is
-    learned from, `mod_loss`, `capacity`, and `capacity/layer_i`; the last three not while a regression measures, whose
-    gates are no decisions.
+    Logged besides Trainer's own: `task_loss` (mean over the supervised tokens as they count in the loss),
+    `distillation_loss` where it is learned from, `mod_loss`, `capacity`, and `capacity/layer_i`; the last three not
+    while a regression measures, whose gates are no decisions.
     """
 
     def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        every = self.args.distillation_every if self.args.distillation_weight else 1
-        self.data_collator = SupervisedBatches(self.data_collator, every)
+        distilled = bool(self.args.distillation_weight)
+        every, first = (self.args.distillation_every, FIRST_TOKEN) if distilled else (1, 1)
+        self.data_collator = SupervisedBatches(self.data_collator, every, first)
         self.loss_is_scaled_for_ga = True  # by `compute_loss`
         self._train_sampler = train_sampler
         if self.is_fsdp_enabled:
@@ -135,8 +136,6 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             if "taught" in batch:
                 taught = batch.pop("taught")
                 batch |= {name: batch[name].index_select(0, taught) for name in ("positions", "targets")}
-            if self._teacher is not None:
-                batch |= _with_first_tokens(batch, FIRST_TOKEN)
         last = batches[-1]
         # accelerate forgets the remainder when it skips to where a run left off (1.15)
         together = self._train_batch_size * self.args.world_size
@@ -429,13 +428,6 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def _sum_over_processes(self, sums: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(sums.clone(), reduction="sum")
-
-
-def _with_first_tokens(batch: dict[str, torch.Tensor], times: int) -> dict[str, torch.Tensor]:
-    """Return a batch's positions and targets, those of the first token of each row's answer `times` times."""
-    rows = batch["positions"] // batch["labels"].shape[1]
-    first = torch.cat([rows.new_ones(1, dtype=torch.bool), rows.diff() > 0]) if len(rows) else rows.bool()
-    return {name: torch.cat([batch[name], *[batch[name][first]] * (times - 1)]) for name in ("positions", "targets")}
 
 
 def _set_apart(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
