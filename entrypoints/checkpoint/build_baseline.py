@@ -199,7 +199,7 @@ def give_substitutes(model, args: argparse.Namespace, batches) -> None:
         remove_substitutes(model)
     if args.substitute == "none":
         return
-    rank = args.substitute_rank or default_rank(model.config.hidden_size, model.config.mod_settings.target)
+    rank = args.substitute_rank or default_rank(model.config.hidden_size, model.config.mod_settings)
     add_substitutes(model, {"kind": args.substitute, "rank": rank})
     fitted = fit(model, batches, progress=True)
     with torch.no_grad():

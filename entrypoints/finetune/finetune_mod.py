@@ -234,7 +234,7 @@ def prepare_model(model_args, training_args, model_dir, settings):
             "routers are at zero, or take --capacity_control budget"
         )
     if training_args.substitute != "none" and settings.substitute is None:
-        rank = training_args.substitute_rank or default_rank(model.config.hidden_size, settings.target)
+        rank = training_args.substitute_rank or default_rank(model.config.hidden_size, settings)
         add_substitutes(model, {"kind": training_args.substitute, "rank": rank})
     if model_args.router_dir:
         load_routers(model, model_args.router_dir)

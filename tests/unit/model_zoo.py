@@ -176,10 +176,15 @@ TOKEN_GRANULARITIES = tuple(name for name in GRANULARITIES if name.endswith("_to
 
 def all_pairs() -> list:
     """Return every architecture with every granularity that it can be routed at, as cases of a test."""
-    dense = [(arch, granularity) for arch in ARCHITECTURES for granularity in GRANULARITIES]
+    dense = [
+        # what is new in these is the same for all of them
+        pytest.param(arch, granularity, marks=[pytest.mark.slow] * (arch != "llama" and "attn_mlp" in granularity))
+        for arch in ARCHITECTURES
+        for granularity in GRANULARITIES
+    ]
     moe = [(arch, granularity) for arch in MOE_ARCHITECTURES for granularity in ALL_GRANULARITIES]
     # with experts these take the same paths as those that are left
-    in_slow = ("mlp_sequence", "mlp_token", "block_sequence")
+    in_slow = ("mlp_sequence", "mlp_token", "block_sequence", "attn_mlp_sequence", "attn_mlp_token")
     return dense + [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] in in_slow)) for pair in moe]
 
 
@@ -232,9 +237,11 @@ def add_routers(base: PreTrainedModel, granularity: str, layers=LAYERS, **settin
     model = ALL_ARCHITECTURES[base.config.model_type].model(mod_config(base, granularity, layers, **settings))
     problems = model.load_state_dict(base.state_dict(), strict=False)
     assert not problems.unexpected_keys
-    added = {f"model.layers.{index}.router.weight" for index in layers}
+    apart = ("attn_", "mlp_") if granularity.startswith("attn_mlp") else ("",)
+    places = [f"model.layers.{index}.{branch}" for index in layers for branch in apart]
+    added = {f"{place}router.weight" for place in places}
     if "substitute" in settings:
-        added |= {f"model.layers.{index}.substitute.{name}" for index in layers for name in ("down", "up", "bias")}
+        added |= {f"{place}substitute.{name}" for place in places for name in ("down", "up", "bias")}
     assert set(problems.missing_keys) == added
     return model.eval()
 

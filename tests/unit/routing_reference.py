@@ -9,10 +9,12 @@ import math
 
 import torch
 
+Place = int | tuple[int, str]
+
 
 def reference_forward(
     base,
-    routers: dict[int, torch.Tensor],
+    routers: dict[Place, torch.Tensor],
     granularity: str,
     threshold,
     input_ids,
@@ -23,7 +25,8 @@ def reference_forward(
 
     Args:
         base: a dense `ForCausalLM` model in float32.
-        routers: layer index -> weight, float32 [1, hidden_size], or for experts [num_experts, hidden_size].
+        routers: layer index, or for `attn_mlp` (layer index, `attn` or `mlp`) -> weight, float32 [1, hidden_size], or
+            for experts [num_experts, hidden_size].
         granularity, threshold: of the routing; the threshold one for all routers, or one for each, or for
             each several, one for each expert.
         input_ids: int64 [batch, tokens].
@@ -31,10 +34,10 @@ def reference_forward(
         prompt_tokens: a sequence is decided on the real ones among its first so many tokens; None for all.
 
     Returns:
-        logits float32 [batch, tokens, vocabulary], zero at padding; scores and gates, layer index -> [batch]
-        (sequence level), [batch, tokens] (token level, nan at padding) or [batch, tokens, top_k] (experts).
+        logits float32 [batch, tokens, vocabulary], zero at padding; scores and gates, by the keys of the routers,
+        [batch] (sequence level), [batch, tokens] (token level, nan at padding) or [batch, tokens, top_k] (experts).
     """
-    target, level = granularity.split("_")
+    target, level = granularity.rsplit("_", 1)
     batch, tokens = input_ids.shape
     shape = (batch,) if level == "sequence" else (batch, tokens)
     if target == "expert":
@@ -50,8 +53,8 @@ def reference_forward(
         for index, layer in enumerate(base.model.layers):
             window = _window(base.config, index)
 
-            def kept(normed, index=index, row=row, real=real):
-                """Return for each real token whether it is kept, and write down scores and gates."""
+            def kept(normed, index, row=row, real=real):
+                """Return for each real token whether the router `index` keeps it; write down scores and gates."""
                 weight = routers[index].double()[0]
                 if level == "sequence":
                     prompt = [t for t, position in enumerate(real) if prompt_tokens is None or position < prompt_tokens]
@@ -69,14 +72,13 @@ def reference_forward(
             everything = [True] * len(real)
             before = hidden.clone()
             normed = layer.input_layernorm(hidden)
-            keep = kept(normed) if index in routers and target in ("attn", "block") else everything
+            before_attention = {"attn": index, "block": index, "attn_mlp": (index, "attn")}.get(target)
+            keep = kept(normed, before_attention) if before_attention in routers else everything
             attention = _attention(base, layer, normed, real, window)
-            keep_attention = keep if target in ("attn", "block") else everything
-            hidden = torch.stack(
-                [hidden[t] + attention[t] if keep_attention[t] else hidden[t] for t in range(len(real))]
-            )
+            hidden = torch.stack([hidden[t] + attention[t] if keep[t] else hidden[t] for t in range(len(real))])
             normed = layer.post_attention_layernorm(hidden)
-            keep_mlp = kept(normed) if index in routers and target == "mlp" else everything
+            before_mlp = {"mlp": index, "attn_mlp": (index, "mlp")}.get(target)
+            keep_mlp = kept(normed, before_mlp) if before_mlp in routers else everything
 
             def mlp(t, index=index, row=row, real=real, layer=layer, normed=normed):
                 """Return the MLP's output for one real token, and write down what its experts decided."""

@@ -22,11 +22,11 @@ from utils.evaluation.benchmark import (
     table,
 )
 from utils.evaluation.columns import COLUMNS, make_columns
-from utils.evaluation.costs import layer_cost
 from utils.evaluation.prompts import cut_prompts, read_text
 from utils.evaluation.timing import median_with_interval, peak_memory
 from utils.io.errors import UserError
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
+from utils.model.costs import layer_cost
 from utils.model.routing_mod import MoDRouter
 from utils.model.substitute_mod import MoDSubstitute
 
@@ -55,13 +55,14 @@ def test_the_check_passes_for_all_columns_of_a_mixture_of_experts(arch, granular
 @pytest.mark.parametrize("granularity", [*GRANULARITIES, "expert_token"])
 def test_what_is_skipped_is_replaced_in_routed_columns_alone(granularity):
     arch = "olmoe" if granularity == "expert_token" else "llama"
-    columns = columns_of(granularity, arch, substitute={"kind": "linear", "rank": (2, 4, 3)})
+    ranks = (2, 4, 3) * (2 if granularity.startswith("attn_mlp") else 1)
+    columns = columns_of(granularity, arch, substitute={"kind": "linear", "rank": ranks})
     assert [column.name for column in columns] == list(COLUMNS)
     assert check_columns(columns, TEXT, length=24) < 1e-5
     models = {column.name: column.model for column in columns}
     for name, model in models.items():
         has = sum(isinstance(module, MoDSubstitute) for module in model.modules())
-        assert has == (3 if name in ("all_kept", "tuned", "random", "all_skipped") else 0)
+        assert has == (len(model.router_modules()) if name in ("all_kept", "tuned", "random", "all_skipped") else 0)
     with torch.no_grad():
         replaced, bare, oracle = (
             models[name](random_tokens(2, 9)).logits for name in ("all_skipped", "unreplaced", "oracle")
@@ -131,8 +132,9 @@ def test_random_routing_keeps_the_share_that_was_asked_for(granularity, share):
         gates = random.model(random_tokens(8, 50)).router_gates
         assert gates.equal(random.model(random_tokens(8, 50, seed=9)).router_gates)
     per_layer = 8 if granularity.endswith("sequence") else 400
-    assert abs(gates.sum() - share * 3 * per_layer) <= 1
-    assert gates.shape[0] == 3
+    of_a_layer = 2 if granularity.startswith("attn_mlp") else 1
+    assert abs(gates.sum() - share * 3 * of_a_layer * per_layer) <= of_a_layer
+    assert gates.shape[0] == 3 * of_a_layer
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence"])
@@ -167,7 +169,7 @@ def test_the_plain_branch_runs_on_any_share(granularity, batch):
             with torch.no_grad():
                 for tokens in random_tokens(batch, 12).split([9, 1, 1, 1], dim=1):
                     logits[name] = column.model(tokens, past_key_values=cache, use_cache=True).logits
-        nothing_gated = share == 1.0 and not granularity.startswith(("attn_token", "block_token"))
+        nothing_gated = share == 1.0 and granularity not in ("attn_token", "block_token", "attn_mlp_token")
         for name, equal in (("oracle", share == 0.0), ("dense", nothing_gated)):
             if equal:
                 torch.testing.assert_close(logits["share_alone"], logits[name], atol=5e-5, rtol=0)

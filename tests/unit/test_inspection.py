@@ -13,12 +13,12 @@ from tokenizers.models import WordLevel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
-from utils.evaluation.costs import layer_cost, savings
 from utils.evaluation.inspection import describe_checkpoint, inspect_checkpoint
 from utils.evaluation.kv_memory import kv_bytes_by_layer
 from utils.io.errors import UserError
 from utils.model.checkpoint import build_mod_checkpoint, make_settings, read_config, write_checkpoint
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
+from utils.model.costs import layer_cost, savings
 
 
 @torch.inference_mode()
@@ -36,13 +36,13 @@ def test_saved_operations_are_those_that_a_forward_leaves_out(granularity):
     _, skipped = model_zoo.make_pair("llama", granularity, attention="eager", threshold=0.75)
     config = base.config.to_dict()
     settings = MoDSettings(granularity, model_zoo.LAYERS)
-    expected = savings(config, settings, length, dict.fromkeys(settings.layers, 0.0), "float32")
+    expected = savings(config, settings, length, dict.fromkeys(settings.places, 0.0), "float32")
     # eager attention multiplies with what the causal mask hides too
     hidden_pairs = length * length - length * (length + 1) / 2
     hidden = 2 * 2 * hidden_pairs * model_zoo.HIDDEN_SIZE
     dense = counted_flops(base, input_ids)
     assert dense == pytest.approx(expected["flops"] + model_zoo.NUM_LAYERS * hidden, rel=0.01)  # and rotary embeddings
-    routers = len(settings.layers) * 2 * model_zoo.HIDDEN_SIZE * (1 if settings.level == "sequence" else length)
+    routers = len(settings.places) * 2 * model_zoo.HIDDEN_SIZE * (1 if settings.level == "sequence" else length)
     assert counted_flops(kept, input_ids) == dense + routers
     saved = expected["flops_saved"] + (0 if settings.target == "mlp" else len(settings.layers) * hidden)
     assert dense + routers - counted_flops(skipped, input_ids) == saved
@@ -51,12 +51,14 @@ def test_saved_operations_are_those_that_a_forward_leaves_out(granularity):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_saved_operations_are_less_by_what_a_forward_runs_instead(granularity):
     length, ranks = 24, (4, 8, 2)
+    if granularity.startswith("attn_mlp"):
+        ranks += (3, 5, 1)
     substitute = {"kind": "linear", "rank": ranks}
     input_ids = model_zoo.random_tokens(1, length)
     _, bare = model_zoo.make_pair("llama", granularity, attention="eager", threshold=0.75)
     _, skipped = model_zoo.make_pair("llama", granularity, attention="eager", threshold=0.75, substitute=substitute)
     settings = MoDSettings(granularity, model_zoo.LAYERS, substitute=substitute)
-    config, nothing = bare.config.to_dict(), dict.fromkeys(settings.layers, 0.0)
+    config, nothing = bare.config.to_dict(), dict.fromkeys(settings.places, 0.0)
     without, found = (
         savings(config, each, length, nothing, "float32") for each in (replace(settings, substitute=None), settings)
     )
@@ -65,7 +67,7 @@ def test_saved_operations_are_less_by_what_a_forward_runs_instead(granularity):
     assert without["flops_of_substitutes"] == 0
     assert found["flops_of_substitutes"] == cost
     assert found["flops_saved"] == without["flops_saved"] - cost
-    half = savings(config, settings, length, dict.fromkeys(settings.layers, 0.5), "float32")
+    half = savings(config, settings, length, dict.fromkeys(settings.places, 0.5), "float32")
     assert half["flops_saved"] == found["flops_saved"] / 2
 
 

@@ -30,7 +30,7 @@ from utils.model.configuration_mod import EXECUTIONS, GRANULARITIES
 LOGITS_BOUND = 5e-5
 """Float32, logits of about 10: a matrix product or a softmax over fewer rows may sum in another order."""
 
-PACKED_GRANULARITIES = ("attn_sequence", "block_sequence")
+PACKED_GRANULARITIES = ("attn_sequence", "block_sequence", "attn_mlp_sequence")
 
 ALL_BUT_LAST = tuple(range(NUM_LAYERS - 1))
 
@@ -171,7 +171,8 @@ def test_a_skipped_row_stores_no_keys_and_values(arch, granularity):
     model = mixed_model(granularity, arch)
     base_cache = model(random_tokens(8, 9), route=False, use_cache=True).past_key_values
     _, cache, gates = run_cached(model, random_tokens(8, 9), None, (7, 1, 1), "sparse")
-    kept = dict(zip(LAYERS, gates[0].sum(dim=1).int().tolist(), strict=True))
+    rows = dict(zip(model.config.mod_settings.places, gates[0].sum(dim=1).int().tolist(), strict=True))
+    kept = {index: rows[(index, "attn") if granularity.startswith("attn_mlp") else index] for index in LAYERS}
     assert any(0 < rows < 8 for rows in kept.values())
     for index, (stored, whole) in enumerate(zip(kv_bytes(cache), kv_bytes(base_cache), strict=True)):
         assert stored * 8 == whole * kept.get(index, 8)

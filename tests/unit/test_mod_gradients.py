@@ -4,6 +4,7 @@ import pytest
 import torch
 from model_zoo import ARCHITECTURES, HIDDEN_SIZE, LAYERS, make_pair, pad, random_tokens, randomize_routers, texts
 
+from utils.model.checkpoint import router_name
 from utils.model.configuration_mod import GRANULARITIES
 from utils.model.routing_mod import MoDRouter, Routing, decide, straight_through
 
@@ -54,7 +55,7 @@ def test_the_gradient_of_a_routed_layer_is_that_of_the_formula(arch, granularity
     base, model = make_pair(arch, granularity, layers=(1,))
     randomize_routers(model, scale=1.0)
     routed, plain = model.model.layers[1], base.model.layers[1]
-    target, level = granularity.split("_")
+    level, branches = model.config.mod_settings.level, model.config.mod_settings.branches
     hidden_states, upstream = torch.randn(8, 6, HIDDEN_SIZE), torch.randn(8, 6, HIDDEN_SIZE)
     position_ids = torch.arange(6)[None]
     kwargs = {
@@ -65,27 +66,36 @@ def test_the_gradient_of_a_routed_layer_is_that_of_the_formula(arch, granularity
     }
     routing = Routing(token_mask=None, sparse=False)
     (routed(hidden_states, routing=routing, **kwargs) * upstream).sum().backward()
-    gates = routing.decisions[1].gates.detach()
-    assert 0 < gates.mean() < 1
+    free = {branch: routing.decisions[routed.place_of(branch)].gates.detach() for branch in branches}
+    assert all(0 < gates.mean() < 1 for gates in free.values())
 
-    free = gates.clone().requires_grad_(True)
-    gate = free.reshape(8, -1, 1)
+    # the gates as free numbers: of two routers the second reads what the first has decided, and keeps that gradient
+    inputs, scores = {}, {}
+
+    def gate(branch: str, x: torch.Tensor) -> torch.Tensor | float:
+        if branch not in branches:
+            return 1.0
+        inputs[branch] = x.mean(dim=1) if level == "sequence" else x
+        scores[branch] = torch.sigmoid(inputs[branch] @ routed.router_of(branch).weight[0].detach())
+        free[branch] = free[branch] + scores[branch] - scores[branch].detach()
+        free[branch].retain_grad() if free[branch].requires_grad else free[branch].requires_grad_(True)
+        return free[branch].reshape(8, -1, 1)
+
     normed = plain.input_layernorm(hidden_states)
+    of_block = gate("block", normed)
     attention = plain.self_attn(hidden_states=normed, **kwargs)[0]
-    after = hidden_states + (gate * attention if target == "attn" else attention)
+    after = hidden_states + gate("attn", normed) * attention
     mlp_input = plain.post_attention_layernorm(after)
-    mlp = plain.mlp(mlp_input)
-    output = after + (gate * mlp if target == "mlp" else mlp)
-    if target == "block":
-        output = hidden_states + gate * (output - hidden_states)
+    output = after + gate("mlp", mlp_input) * plain.mlp(mlp_input)
+    output = hidden_states + of_block * (output - hidden_states)
     (output * upstream).sum().backward()
 
-    x = (mlp_input if target == "mlp" else normed).detach()
-    x = x.mean(dim=1) if level == "sequence" else x
-    scores = torch.sigmoid(x @ routed.router.weight[0].detach())
-    expected = ((free.grad * scores * (1 - scores)).unsqueeze(-1) * x).flatten(0, -2).sum(dim=0)
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(routed.router.weight.grad[0], expected, atol=1e-5 * scale, rtol=1e-4)
+    for branch in branches:
+        score, x = scores[branch].detach(), inputs[branch].detach()
+        expected = ((free[branch].grad * score * (1 - score)).unsqueeze(-1) * x).flatten(0, -2).sum(dim=0)
+        scale = expected.abs().max().item()
+        found = routed.router_of(branch).weight.grad[0]
+        torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=1e-4)
 
 
 @every_architecture
@@ -100,7 +110,7 @@ def test_only_the_routers_get_a_gradient_and_each_does_kept_or_dropped(arch, gra
     assert output.router_gates.eq(float(threshold == 0.5)).all()
     output.loss.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert with_gradient == {f"model.layers.{index}.router.weight" for index in LAYERS}
+    assert with_gradient == set(map(router_name, model.router_modules()))
     for router in model.router_modules().values():
         assert router.weight.grad.dtype == torch.float32
         assert router.weight.grad.isfinite().all()
@@ -127,7 +137,7 @@ def test_one_step_changes_the_routers_and_nothing_else(granularity, dtype):
     model.train()(input_ids, labels=input_ids).loss.backward()
     optimizer.step()
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
-    assert changed == {f"model.layers.{index}.router.weight" for index in LAYERS}
+    assert changed == set(map(router_name, model.router_modules()))
 
 
 @every_architecture

@@ -50,7 +50,7 @@ def test_a_model_of_one_layer_cannot_be_routed():
 @every_granularity
 def test_a_granularity_names_its_target_and_its_level(granularity):
     settings = MoDSettings(granularity, (1,))
-    assert settings.target in ("attn", "mlp", "block")
+    assert settings.target in ("attn", "mlp", "block", "attn_mlp")
     assert settings.level in ("sequence", "token")
     assert f"{settings.target}_{settings.level}" == granularity
 

@@ -220,20 +220,21 @@ def test_scores_are_float32_of_the_normed_input_in_any_precision(granularity, pr
     randomize_routers(model, scale=0.7)
     if "autocast" not in precision:
         model.to(getattr(torch, precision))
-    layer = model.model.layers[2]
-    norm = layer.post_attention_layernorm if granularity.startswith("mlp") else layer.input_layernorm
+    layer, branches = model.model.layers[2], model.config.mod_settings.branches
+    norms = [layer.post_attention_layernorm if branch == "mlp" else layer.input_layernorm for branch in branches]
     seen = []
-    norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    for norm in norms:
+        norm.register_forward_hook(lambda module, args, output: seen.append(output))
     input_ids, mask = pad(texts((7, 3, 12)), "left")
     dtype = torch.float16 if "float16" in precision.split() else torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled="autocast" in precision):
         output = model(input_ids, mask)
-    inputs = seen[0].double()
-    if granularity.endswith("_sequence"):
-        inputs = torch.stack([row[real.bool()].mean(dim=0) for row, real in zip(inputs, mask, strict=True)])
-    expected = torch.sigmoid(inputs @ layer.router.weight[0].double())
     assert output.router_scores.dtype == output.router_gates.dtype == torch.float32
-    torch.testing.assert_close(output.router_scores[0].double(), expected, atol=1e-6, rtol=0)
+    for branch, inputs, scores in zip(branches, map(torch.Tensor.double, seen), output.router_scores, strict=False):
+        if granularity.endswith("_sequence"):
+            inputs = torch.stack([row[real.bool()].mean(dim=0) for row, real in zip(inputs, mask, strict=True)])
+        expected = torch.sigmoid(inputs @ layer.router_of(branch).weight[0].double())
+        torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=0)
 
 
 def test_a_router_whose_weight_was_forced_to_bfloat16_still_computes_in_float32():

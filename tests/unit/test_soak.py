@@ -61,8 +61,8 @@ def test_two_thousand_steps_of_mixed_requests_stay_right_and_leave_nothing_behin
                 tensor.data_ptr(): tensor.nbytes
                 for r in requests
                 for layer in r["cache"].layers
-                if getattr(layer, "decision", None) is not None
-                for tensor in (layer.decision.scores, layer.decision.gates)
+                for decision in getattr(layer, "decisions", {}).values()
+                for tensor in (decision.scores, decision.gates)
             }
             rest.append(bytes_of_tensors() - live - sum(decisions.values()))
     assert finished > 20

@@ -65,7 +65,8 @@ class OperatorCounter(TorchDispatchMode):
 
 def gated_branches(granularity: str) -> tuple[str, ...]:
     """Names of the modules that a granularity gates."""
-    return {"attn": ("self_attn",), "mlp": ("mlp",), "block": ("self_attn", "mlp")}[granularity.split("_")[0]]
+    both = ("self_attn", "mlp")
+    return {"attn": ("self_attn",), "mlp": ("mlp",), "block": both, "attn_mlp": both}[granularity.rsplit("_", 1)[0]]
 
 
 @every_pair
@@ -138,10 +139,11 @@ def test_a_gated_branch_sees_the_kept_rows_only(arch, granularity):
     counter = RowCounter(model)
     with torch.no_grad():
         gates = model(random_tokens(8, 9), execution="sparse").router_gates
-    kept = dict(zip(LAYERS, gates.sum(dim=1).int().tolist(), strict=True))
+    kept = dict(zip(model.config.mod_settings.places, gates.sum(dim=1).int().tolist(), strict=True))
     assert any(0 < rows < 8 for rows in kept.values())
     for (index, branch), rows in counter.rows.items():
-        expected = kept[index] if branch in gated_branches(granularity) else 8
+        place = (index, branch.removeprefix("self_")) if granularity.startswith("attn_mlp") else index
+        expected = kept[place] if branch in gated_branches(granularity) else 8
         assert rows == ([expected] if expected else [])
 
 
@@ -168,7 +170,7 @@ def test_nothing_is_gathered_where_all_rows_are_kept(granularity):
     for name in moves_rows:
         for variant in (name, name + "_"):
             assert routed.counts[variant] == dense_base.counts[variant]
-    assert routed.counts["mm"] <= dense_base.counts["mm"] + len(LAYERS)
+    assert routed.counts["mm"] <= dense_base.counts["mm"] + len(model.router_modules())
 
 
 @every_granularity

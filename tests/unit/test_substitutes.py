@@ -91,14 +91,13 @@ def test_what_is_skipped_everywhere_is_the_substitute_alone(granularity):
             position_embeddings=model.model.rotary_emb(hidden_states, torch.arange(6)[None]),
             attention_mask=None,
         )[0]
-        if granularity.startswith("block"):
-            expected = hidden_states + layer.substitute(layer.input_layernorm(hidden_states))
-        elif granularity.startswith("attn"):
-            expected = hidden_states + layer.substitute(layer.input_layernorm(hidden_states))
-            expected = expected + layer.mlp(layer.post_attention_layernorm(expected))
+        of = {branch: layer.substitute_of(branch) for branch in model.config.mod_settings.branches}
+        if "block" in of:
+            expected = hidden_states + of["block"](layer.input_layernorm(hidden_states))
         else:
-            expected = hidden_states + attention
-            expected = expected + layer.substitute(layer.post_attention_layernorm(expected))
+            of_attention = of["attn"](layer.input_layernorm(hidden_states)) if "attn" in of else attention
+            expected = hidden_states + of_attention
+            expected = expected + of.get("mlp", layer.mlp)(layer.post_attention_layernorm(expected))
     torch.testing.assert_close(seen["after"], expected, atol=LOGITS_BOUND, rtol=1e-5)
 
 
@@ -245,7 +244,13 @@ class TestTheFit:
             kept = model(input_ids, attention_mask=mask, output_hidden_states=True, route=False).hidden_states
             layer = model.model.layers[2]
             entered, left = kept[2][mask.bool()], kept[3][mask.bool()]
-        moments = branches.moments[2]
+        if granularity.startswith("attn_mlp"):
+            of_attention, of_mlp = branches.moments[2, "attn"], branches.moments[2, "mlp"]
+            change = 2 * (left - entered).sum(dim=0)
+            together = (of_attention.outputs + of_mlp.outputs).float()
+            torch.testing.assert_close(together, change, atol=1e-4, rtol=1e-4)
+            assert of_mlp.weight == 2 * 11
+        moments = branches.moments[model.config.mod_settings.places[0]]
         if granularity.startswith("block"):
             torch.testing.assert_close(moments.outputs.float(), 2 * (left - entered).sum(dim=0), atol=1e-4, rtol=1e-4)
         if granularity.split("_")[0] in ("attn", "block"):

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from utils.model.configuration_mod import MoDSettings
+from utils.model.costs import layer_cost
 from utils.model.routing_mod import decide
 
 from .columns import Column
-from .costs import layer_cost
 from .kv_memory import kv_bytes_by_layer
 from .prompts import cut_prompts
 from .timing import Stopwatch, median_with_interval, peak_memory, with_interval
+from .use import over_routers
 
 BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far logits of equal decisions may lie apart, relative to the largest, by dtype: rounding, summed over layers."""
@@ -71,13 +72,13 @@ def check_columns(columns: Sequence[Column], token_ids: torch.Tensor, length: in
         logits = torch.cat([output.logits for output in outputs], dim=1).float()
         if execution is None:
             return logits, None, None
-        # [routed layers, batch], and at token level [..., tokens] or for experts [..., tokens, top_k]
+        # [routers, batch], and at token level [..., tokens] or for experts [..., tokens, top_k]
         join = torch.stack if outputs[0].router_gates.dim() == 2 else torch.cat
         scores, gates = (
             join([getattr(output, name) for output in outputs], dim=2).transpose(0, 1).float()
             for name in ("router_scores", "router_gates")
         )
-        return logits, scores, gates  # [batch, tokens, vocabulary] and twice [batch, routed layers, decisions, ...]
+        return logits, scores, gates  # [batch, tokens, vocabulary] and twice [batch, routers, decisions, ...]
 
     def compare(what: str, logits: torch.Tensor, expected: torch.Tensor, rows: torch.Tensor) -> None:
         nonlocal worst
@@ -256,7 +257,7 @@ def skippable_share(config, settings: MoDSettings, length: int, decode: bool) ->
         one, two = (layer_cost(config.to_dict(), tokens, layer) for tokens in (1, 2))
         pair = two.queries - 2 * one.queries  # a query and one more key
         saved += one.queries + (visible - 1) * pair
-        saved += one.mlp + one.experts if settings.target == "block" else 0.0
+        saved += one.mlp + one.experts if settings.target != "attn" else 0.0
         keys_and_values += one.keys_and_values
     return saved / (saved + keys_and_values)
 
@@ -320,7 +321,8 @@ def _observe(column: Column, input_ids: torch.Tensor, length: int) -> dict[str, 
     peak = peak_memory(input_ids.device, lambda: outputs.append(_prefill(column, input_ids[:, :length], caches)))
     facts: dict[str, Any] = {"kv_bytes": sum(kv_bytes_by_layer(caches[column.name])), "peak_memory_bytes": peak}
     if column.routed:
-        facts["share_executed"] = float(outputs[0].router_gates.double().mean())
+        gates = outputs[0].router_gates
+        facts["share_executed"] = float(over_routers(column.model, gates.flatten(1).double().mean(dim=1)))
     return facts
 
 

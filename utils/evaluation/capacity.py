@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .costs import number_of_experts
+from utils.model.configuration_mod import report_key
+from utils.model.costs import budget, capacity_of, capacity_weights, number_of_experts
 
 
 class CapacityMeter:
@@ -20,8 +21,9 @@ class CapacityMeter:
 
     def __init__(self, model: PreTrainedModel):
         self.settings = model.mod_settings
-        self._experts = number_of_experts(model.config.to_dict())
-        self._sums: torch.Tensor | None = None  # [routed layers, 2]: executed inputs, inputs
+        self._config = model.config.to_dict()
+        self._experts = number_of_experts(self._config)
+        self._sums: torch.Tensor | None = None  # [routers, 2]: executed inputs, inputs
         self._by_expert: torch.Tensor | None = None  # [routed layers, 2, experts]: executed assignments, assignments
         self._handle = model.register_forward_hook(self._observe, with_kwargs=True)
 
@@ -33,17 +35,23 @@ class CapacityMeter:
         """Return what was counted since the last reading, and start anew; None where nothing was.
 
         Returns:
-            `inputs`: how many were decided on in each layer; `capacity`: share of all that was executed; `layers`:
-            the share of each routed layer, by its index. Where experts are routed also `experts`: of each routed
-            layer the tokens that each expert was `assigned`, and those that it `executed` (Figure 8).
+            `inputs`: how many were decided on in each layer; `capacity`: share of all that was executed; `skipped` and
+            `flops_saved`: the like in parameters and operations (`costs.budget`); `layers`: the share of each routed
+            layer, by its index, or of each of its routers, by their names. Where experts are routed also `experts`: of
+            each routed layer the tokens that each expert was `assigned`, and those that it `executed` (Figure 8).
         """
         if self._sums is None:
             return None
         executed, inputs = self._sums.T.tolist()
         self._sums = None
         shares = [share / count for share, count in zip(executed, inputs, strict=True)]
-        layers = dict(zip(self.settings.layers, shares, strict=True))
-        counted = {"inputs": round(inputs[0]), "capacity": sum(executed) / sum(inputs), "layers": layers}
+        shares = dict(zip(self.settings.places, shares, strict=True))
+        counted = {
+            "inputs": round(inputs[0]),
+            "capacity": capacity_of(shares, capacity_weights(self._config, self.settings)),
+            **budget(self._config, self.settings, shares),
+            "layers": {report_key(place): share for place, share in shares.items()},
+        }
         if self._by_expert is not None:
             by_expert, self._by_expert = self._by_expert.round().long().tolist(), None
             counted["experts"] = {

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from utils.model.cache_mod import MoDCache
-from utils.model.configuration_mod import MoDSettings
+from utils.model.configuration_mod import MoDSettings, layer_of, module_name
 from utils.model.moe_mod import add_shared_experts
 from utils.model.projections_mod import keys_and_values, queries_of
 from utils.model.routing_mod import MoDRouter
@@ -165,7 +165,7 @@ class ShareAlone(nn.Module):
             rows = kept_of(rows, self.share, self.offset)
         if target == "expert":
             return self._add_experts_to_part(hidden_states, rows, each)
-        part = hidden_states[:rows, :each]
+        part = hidden_states[:rows, :each]  # of two branches that are routed apart, both run on it
         if target != "mlp" and self.settings.level == "token":
             part = part + self._attend_part(hidden_states, rows, each, **kwargs)
         elif target != "mlp" and rows > 0:
@@ -217,7 +217,13 @@ class ShareAlone(nn.Module):
         return hidden_states + add_shared_experts(block, normed, output)
 
 
-_WITHOUT = {"attn": WithoutAttention, "mlp": WithoutMLP, "block": WithoutBlock, "expert": WithoutExperts}
+_WITHOUT = {
+    "attn": WithoutAttention,
+    "mlp": WithoutMLP,
+    "block": WithoutBlock,
+    "attn_mlp": WithoutBlock,
+    "expert": WithoutExperts,
+}
 
 
 class PartialCache(DynamicCache):
@@ -258,14 +264,21 @@ def make_columns(model: PreTrainedModel, random_share: float) -> list[Column]:
     """
     settings: MoDSettings = model.config.mod_settings
     num_experts = model.config.num_experts if settings.target == "expert" else None
-    at_zero = [MoDRouter(model.config.hidden_size, num_experts) for _ in settings.layers]
-    places = [(number + 0.5) / len(settings.layers) for number in range(len(settings.layers))]
+    at_zero = [MoDRouter(model.config.hidden_size, num_experts) for _ in settings.places]
+    offsets = [(number + 0.5) / len(settings.layers) for number in range(len(settings.layers))]
+    offset_of = dict(zip(settings.layers, offsets, strict=True))
     random = [
-        RandomRouter(model.config.hidden_size, random_share, offset, SEED + index, num_experts)
-        for index, offset in zip(settings.layers, places, strict=True)
+        RandomRouter(
+            model.config.hidden_size,
+            random_share,
+            offset_of[layer_of(place)],
+            SEED + layer_of(place) + 1000 * (settings.branch_of(place) == "mlp" and len(settings.branches) > 1),
+            num_experts,
+        )
+        for place in settings.places
     ]
     oracle, alone = dense_twin(model), dense_twin(model)
-    for index, offset in zip(settings.layers, places, strict=True):
+    for index, offset in offset_of.items():
         layers = oracle.get_decoder().layers
         layers[index] = _WITHOUT[settings.target](layers[index])
         layers = alone.get_decoder().layers
@@ -307,8 +320,8 @@ def routed_twin(model: PreTrainedModel, routers: list[MoDRouter], **changed) -> 
     settings = replace(model.config.mod_settings, **changed)
     fields = {name: value for name, value in model.config.to_dict().items() if name not in ("mod", "model_type")}
     twin = _share_weights(type(model), type(model.config)(**fields, mod=settings.to_dict()), model)
-    for index, router in zip(settings.layers, routers, strict=True):
-        twin.get_decoder().layers[index].router = router.to(model.device)
+    for place, router in zip(settings.places, routers, strict=True):
+        setattr(twin.get_decoder().layers[layer_of(place)], module_name(place, "router"), router.to(model.device))
     return twin
 
 
@@ -324,6 +337,6 @@ def _share_weights(model_class: type, config, source: PreTrainedModel) -> PreTra
             setattr(inner, name, child)
     for layer, original in zip(inner.layers, shared.layers, strict=True):
         for name, child in original.named_children():
-            if name != "router" and getattr(layer, name, None) is not None:
+            if not isinstance(child, MoDRouter) and getattr(layer, name, None) is not None:
                 setattr(layer, name, child)
     return model.eval()

@@ -8,6 +8,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from utils.model.cache_mod import MoDCache
+from utils.model.configuration_mod import Place, layer_of, place_name
+from utils.model.costs import capacity_of, capacity_weights
 
 from .kv_memory import kv_bytes_by_layer
 
@@ -21,7 +23,8 @@ class Generation:
         prompt_tokens: number of tokens before it.
         prefill_seconds: from the start to the logits of the first new token.
         decode_seconds: from there to those of the last.
-        shares: layer index -> share of its decisions that executed; empty for a dense run.
+        shares: place of a router -> share of its decisions that executed; empty for a dense run.
+        capacity: of them all, as `capacity_weights` counts them; None for a dense run.
         kv_bytes: keys and values of each layer at the end.
     """
 
@@ -29,7 +32,8 @@ class Generation:
     prompt_tokens: int
     prefill_seconds: float
     decode_seconds: float
-    shares: dict[int, float]
+    shares: dict[Place, float]
+    capacity: float | None
     kv_bytes: list[int]
 
     @property
@@ -59,7 +63,7 @@ class _Observer:
         self.times.append(time.perf_counter())
         gates = getattr(output, "router_gates", None)
         if gates is not None:
-            self.gates.append(gates.flatten(1))  # [routed layers, decisions]
+            self.gates.append(gates.flatten(1))  # [routers, decisions]
 
 
 def generate(
@@ -88,16 +92,18 @@ def generate(
             route=route,
             **options,
         )
-    shares = {}
+    shares, capacity, settings = {}, None, model.config.mod_settings
     if route:
         executed = torch.cat(observer.gates, dim=1).mean(dim=1).tolist()
-        shares = dict(zip(model.config.mod_settings.layers, executed, strict=True))
+        shares = dict(zip(settings.places, executed, strict=True))
+        capacity = capacity_of(shares, capacity_weights(model.config.to_dict(), settings))
     return Generation(
         token_ids=output[0, input_ids.shape[1] :],
         prompt_tokens=input_ids.shape[1],
         prefill_seconds=observer.times[0] - start,
         decode_seconds=observer.times[-1] - observer.times[0],
         shares=shares,
+        capacity=capacity,
         kv_bytes=kv_bytes_by_layer(cache),
     )
 
@@ -106,10 +112,12 @@ def describe(generation: Generation) -> str:
     """Return share and KV memory of each routed layer, and speed, as text."""
     lines = []
     if generation.shares:
-        lines.append("layer  executed   KV KiB")
-        for layer, share in generation.shares.items():
-            lines.append(f"{layer:>5}  {share:>8.2f}  {generation.kv_bytes[layer] / 1024:>7.1f}")
-        lines.append(f"  all  {sum(generation.shares.values()) / len(generation.shares):>8.2f}  of the routed layers")
+        width = max(5, *(len(place_name(place)) for place in generation.shares))
+        lines.append(f"{'layer':<{width}}  executed   KV KiB")
+        for place, share in generation.shares.items():
+            of_layer = generation.kv_bytes[layer_of(place)] / 1024
+            lines.append(f"{place_name(place):>{width}}  {share:>8.2f}  {of_layer:>7.1f}")
+        lines.append(f"{'all':>{width}}  {generation.capacity:>8.2f}  of the routed layers")
     speed = generation.tokens_per_second
     lines.append(
         f"{generation.prompt_tokens} tokens read in {generation.prefill_seconds:.2f} s, {len(generation.token_ids)} "

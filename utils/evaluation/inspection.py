@@ -13,15 +13,16 @@ from utils.io.errors import UserError
 from utils.model.checkpoint import (
     INDEX_FILE,
     ROUTER_NAME,
+    SUBSTITUTE_NAME,
     complete_config,
     is_mod,
     make_settings,
     read_config,
     weight_map,
 )
-from utils.model.configuration_mod import MoDSettings
+from utils.model.configuration_mod import MoDSettings, Place, place_name, report_key
+from utils.model.costs import BYTES, capacity_of, capacity_weights, number_of_experts, savings, skipped_share
 
-from .costs import BYTES, number_of_experts, savings
 from .use import FIGURES, text_of
 
 CALIBRATED = "what it was calibrated for"
@@ -29,7 +30,6 @@ _POOLED = {
     "prompt": "; a sequence is decided on its prompt alone",
     "all": "; a sequence is decided on prompt and answer, in generation on the prompt",
 }
-SUBSTITUTE_NAME = re.compile(r"^model\.layers\.\d+\.substitute\.")
 
 
 def inspect_checkpoint(
@@ -61,13 +61,15 @@ def inspect_checkpoint(
         )
     settings = make_settings(config)
     config = complete_config(config, settings)
-    measured = _measured(directory, settings.layers)
+    measured = _measured(directory, settings.places)
     given, source = capacity, "as given"
     if given is None and measured is None:
         given, source = settings.target_capacity, _aim(settings)
         if given is None:
             given, source = 0.5, "the paper's, as none was trained for"
-    shares = dict.fromkeys(settings.layers, given) if given is not None else measured["layers"]
+    shares = dict.fromkeys(settings.places, given)
+    if given is None:
+        shares = {place: measured["layers"][report_key(place)] for place in settings.places}
     dtype = _dtype(config)
     try:
         costs = {length: savings(config, settings, length, shares, dtype) for length in lengths}
@@ -82,7 +84,7 @@ def inspect_checkpoint(
         "granularity": settings.granularity,
         "num_hidden_layers": config["num_hidden_layers"],
         "layers": list(settings.layers),
-        "threshold": {layer: settings.threshold_of(layer) for layer in settings.layers},
+        "threshold": {report_key(place): settings.threshold_of(place) for place in settings.places},
         "target_capacity": settings.target_capacity,
         "target_is": _aim(settings),
         "capacities": settings.capacities and [entry["capacity"] for entry in settings.capacities],
@@ -92,7 +94,8 @@ def inspect_checkpoint(
         "substitute": _substitute(directory, config, settings),
         "dtype": dtype,
         "savings": {
-            "capacity": sum(shares.values()) / len(shares),
+            "capacity": capacity_of(shares, capacity_weights(config, settings)),
+            "skipped": skipped_share(config, settings, shares),
             "capacity_from": source if given is not None else "measured on held-out rows of the training run",
             "batch": batch,
             "lengths": {
@@ -140,14 +143,16 @@ def describe_checkpoint(facts: dict[str, Any]) -> str:
             measured = f"{found['capacity']:.3f} on held-out rows{used}, measured; loss {found['loss']:.4f}"
             lines.append(f"  set to {capacity}: {measured}")
     shares = trained["layers"] if trained else {}
-    lines.append("  layer      " + "".join(f"{layer:>7}" for layer in layers))
-    lines.append("  threshold  " + "".join(f"{_mean(facts['threshold'][layer]):>7.3g}" for layer in layers))
+    thresholds, width = facts["threshold"], 7 if len(facts["threshold"]) == len(layers) else 9
+    lines.append("  layer      " + "".join(f"{name:>{width}}" for name in thresholds))
+    lines.append("  threshold  " + "".join(f"{_mean(each):>{width}.3g}" for each in thresholds.values()))
     if shares:
-        lines.append("  executed   " + "".join(f"{shares[layer]:>7.2f}" for layer in layers))
+        lines.append("  executed   " + "".join(f"{shares[name]:>{width}.2f}" for name in thresholds))
     lines += [
         "",
         f"saved by arithmetic at capacity {saved['capacity']:.3f} ({saved['capacity_from']}), batch {saved['batch']}"
         + ("" if substitute is None else ", less what the substitutes cost"),
+        f"  skipped    {saved['skipped']:.1%} of the decoder layers' parameters for a token",
         f"  {'tokens':>8}{'prefill':>12}{'saved':>12}{'':>8}{'KV':>12}{'saved':>12}{'':>8}",
     ]
     for length, cost in saved["lengths"].items():
@@ -165,7 +170,7 @@ def _aim(settings: MoDSettings) -> str:
     return CALIBRATED if settings.target_capacity in calibrated else "what training aimed at"
 
 
-def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None:
+def _measured(directory: Path, places: tuple[Place, ...]) -> dict[str, Any] | None:
     """Return what the training run found on its held-out rows, None where there is no report."""
     path = directory / "results.json"
     if not path.is_file():
@@ -179,7 +184,7 @@ def _measured(directory: Path, layers: tuple[int, ...]) -> dict[str, Any] | None
             "loss": routed["eval_loss"],
             "dense_loss": held_out["dense"]["dense_loss"],
             "capacity": routed["eval_capacity"],
-            "layers": {layer: routed[f"eval_capacity/layer_{layer}"] for layer in layers},
+            "layers": {report_key(place): routed[f"eval_capacity/layer_{place_name(place)}"] for place in places},
             "use": use and {name: use[name] for name in (*FIGURES, "prompts", "max_new_tokens")},
             "at_others": {
                 capacity: {
@@ -202,7 +207,7 @@ def _routers(directory: Path, config: dict[str, Any], settings: Any) -> dict[str
         share = routers / sum(elements.values())
     else:
         rows = number_of_experts(config) if settings.target == "expert" else 1
-        routers = rows * config["hidden_size"] * len(settings.layers)
+        routers = rows * config["hidden_size"] * len(settings.places)
     return {"parameters": routers, "bytes": 4 * routers, "share": share, "built": built}
 
 
@@ -210,7 +215,7 @@ def _substitute(directory: Path, config: dict[str, Any], settings: MoDSettings) 
     """Return what stands in for skipped branches, its bytes as they are saved, and their share of all weights'."""
     if settings.substitute is None:
         return None
-    ranks = {layer: settings.substitute_rank(layer) for layer in settings.layers}
+    ranks = {report_key(place): settings.substitute_rank(place) for place in settings.places}
     size, share = 4 * sum(config["hidden_size"] * (2 * rank + 1) for rank in ranks.values()), None
     if _is_built(directory):
         bytes_of = {name: size for name, (_, size) in _sizes(directory).items()}

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.io.errors import UserError
+from utils.model.costs import capacity_weights
 
 Prompt = Mapping[str, Any]
 """`text`, to be shown; `input_ids`, a list of integers; `end_token`, the id that ends an answer besides the model's."""
@@ -264,16 +265,22 @@ def _follow(
     likeliest = torch.cat([prefill.logits, rest.logits[:, :-1]], dim=1).argmax(dim=-1).to(tokens.device)
     agreed = ((likeliest == tokens) * given).sum(dim=1) / given.sum(dim=1)
     if model.mod_settings.level == "sequence":
-        return agreed, prefill.router_gates.double().mean(dim=0)
+        return agreed, over_routers(model, prefill.router_gates)
     # the token that ends an answer is never read
     read = given.clone()
     for row, (answer, ending) in enumerate(zip(answers, stops, strict=True)):
         if answer[-1] in ending:
             read[row, len(answer) - 1] = 0
-    gates = torch.cat([prefill.router_gates, rest.router_gates], dim=2).double()
-    gates = gates.flatten(3).mean(dim=(0, 3)) if gates.dim() == 4 else gates.mean(dim=0)  # [prompts, tokens]
+    gates = torch.cat([prefill.router_gates, rest.router_gates], dim=2)
+    gates = over_routers(model, gates.mean(dim=3) if gates.dim() == 4 else gates)  # [prompts, tokens]
     counted = torch.cat([batch.mask, read], dim=1).to(gates.device)
     return agreed, (gates * counted).sum(dim=1) / counted.sum(dim=1)
+
+
+def over_routers(model: PreTrainedModel, gates: torch.Tensor) -> torch.Tensor:
+    """Return the capacity, float64 [...], of gates [routers, ...]."""
+    weights = capacity_weights(model.config.to_dict(), model.mod_settings)
+    return torch.tensordot(gates.new_tensor(list(weights.values()), dtype=torch.float64), gates.double(), dims=1)
 
 
 def _surprise(model: PreTrainedModel, batch: _Batch, answers: Sequence[list[int]]) -> torch.Tensor:

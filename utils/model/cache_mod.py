@@ -7,6 +7,8 @@ execution is the specification and keeps all rows. Nothing of a request is anywh
 model can't meet. This file travels inside every checkpoint.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,15 +43,17 @@ class NoCache:
 
 
 class RoutedLayerMixin:
-    """Over a growing cache layer: the decision of each sequence and, where packed, only the executed rows."""
+    """Over a growing cache layer: the decisions of each sequence and, where packed, only the executed rows."""
 
     # Defaults on the class, as `adapt_cache` takes a plain layer's attributes over without running `__init__`.
-    decision: Decision | None = None
-    packed: bool = False
+    decisions: Mapping[str, Decision] = MappingProxyType({})  # by what they gate: `attn`, `mlp` or `block`
+    packed_by: str | None = None
 
-    def hold(self, decision: Decision, packed: bool) -> None:
-        """Keep the decision that prefill took; `packed` says that the layer stores the executed rows only."""
-        self.decision, self.packed = decision.held(), packed
+    def hold(self, branch: str, decision: Decision, packs: bool) -> None:
+        """Keep the decision that prefill took on a branch; `packs` says that the layer stores its kept rows only."""
+        self.decisions = {**self.decisions, branch: decision.held()}
+        if packs:
+            self.packed_by = branch
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen, also where not a single row executed them."""
@@ -61,47 +65,48 @@ class RoutedLayerMixin:
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let sequence i become what sequence `beam_idx[i]` was (beam search)."""
-        if self.decision is None:
+        if not self.decisions:
             super().reorder_cache(beam_idx)
         else:
             self._select(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the sequences `indices`, a bool mask or integers."""
-        if self.decision is None:
+        if not self.decisions:
             super().batch_select_indices(indices)
         else:
             self._select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times."""
-        if self.decision is None:
+        if not self.decisions:
             super().batch_repeat_interleave(repeats)
         else:
-            batch = torch.arange(len(self.decision.gates), device=self.decision.gates.device)
-            self._select(batch.repeat_interleave(repeats))
+            gates = next(iter(self.decisions.values())).gates
+            self._select(torch.arange(len(gates), device=gates.device).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens; a cache without tokens is a new one and has no decisions."""
         super().crop(tokens_to_remove)
-        if self.decision is not None and self.get_seq_length() == 0:
+        if self.decisions and self.get_seq_length() == 0:
             self.reset()
 
     def reset(self) -> None:
         """Forget keys, values and decisions."""
         super().reset()
-        self.decision, self.packed = None, False
+        self.decisions, self.packed_by = {}, None
 
     def _select(self, rows: torch.Tensor) -> None:
         stored = rows
-        if self.packed and self.decision.kept is not None:
-            kept = self.decision.gates > 0
+        packing = self.decisions.get(self.packed_by)
+        if packing is not None and packing.kept is not None:
+            kept = packing.gates > 0
             rows = rows.to(kept.device)
             slots = kept.cumsum(0) - 1  # full row -> packed row
             stored = slots[rows][kept[rows]]
         stored = stored.to(self.keys.device)
         self.keys, self.values = self.keys.index_select(0, stored), self.values.index_select(0, stored)
-        self.decision = self.decision.select(rows)
+        self.decisions = {branch: decision.select(rows) for branch, decision in self.decisions.items()}
 
 
 class RoutedDynamicLayer(RoutedLayerMixin, DynamicLayer):
@@ -170,23 +175,25 @@ def check_cache(cache: Any, settings: MoDSettings, batch: int, sparse: bool) -> 
     """
     if settings.level == "token":
         return
-    packed = sparse and settings.target != "mlp"
+    packed = sparse and settings.branches != ("mlp",)
     for index in settings.layers:
         layer = cache.layers[index]
-        if layer.decision is None:
+        if not layer.decisions:
             if layer.get_seq_length() > 0:
                 raise ValueError(
                     f"layer {index} of the cache holds tokens but no decision: it was filled without routing; start "
                     "with an empty cache"
                 )
-        elif len(layer.decision.gates) != batch:
-            raise ValueError(f"the cache holds {len(layer.decision.gates)} sequences, but the input has {batch}")
-        elif layer.packed != packed:
-            was, now = ("sparse", "dense") if layer.packed else ("dense", "sparse")
+            continue
+        held = len(next(iter(layer.decisions.values())).gates)
+        if held != batch:
+            raise ValueError(f"the cache holds {held} sequences, but the input has {batch}")
+        if (layer.packed_by is not None) != packed:
+            was, now = ("dense", "sparse") if packed else ("sparse", "dense")
             raise ValueError(f"the cache was filled by {was} execution and can't go on with {now}: use one throughout")
 
 
 def refuse_decisions(cache: Any) -> None:
     """Raise `ValueError` where a cache that was filled with routing is to be continued without it."""
-    if any(getattr(layer, "decision", None) is not None for layer in getattr(cache, "layers", ())):
+    if any(getattr(layer, "decisions", None) for layer in getattr(cache, "layers", ())):
         raise ValueError("the cache was filled with routing: go on with route=True, or start with an empty cache")

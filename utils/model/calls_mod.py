@@ -166,7 +166,7 @@ class MoDGenerationMixin:
         """Carry the decisions of sequences to the next step, where no cache does."""
         gates = getattr(outputs, "router_gates", None)
         if gates is not None and self.mod_settings.level == "sequence" and not model_kwargs.get("use_cache"):
-            of_layers = zip(self.mod_settings.layers, outputs.router_scores, gates, strict=True)
-            decisions = {layer: Decision(scores, gate) for layer, scores, gate in of_layers}
-            model_kwargs["gate_rule"] = lambda layer, inputs: decisions[layer]
+            of_routers = zip(self.mod_settings.places, outputs.router_scores, gates, strict=True)
+            decisions = {place: Decision(scores, gate) for place, scores, gate in of_routers}
+            model_kwargs["gate_rule"] = lambda place, inputs: decisions[place]
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

@@ -29,7 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from utils.io.errors import UserError
 from utils.io.files import atomic_file, link_or_copy, write_json
 
-from .configuration_mod import EXPERT_GRANULARITY, MoDSettings, routed_layers
+from .configuration_mod import EXPERT_GRANULARITY, MoDSettings, Place, layer_of, module_name, routed_layers
 from .lora import ADAPTER_FILES, Adapter, holds_adapter, merged_weights
 from .modeling_mod import MoDLlamaForCausalLM, MoDMistralForCausalLM, MoDQwen2ForCausalLM, MoDQwen3ForCausalLM
 from .modeling_moe_mod import (
@@ -59,8 +59,9 @@ ARCHITECTURES = {
 ROUTERS_FILE = "routers.safetensors"
 SUBSTITUTES_FILE = "substitutes.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ROUTER_NAME = re.compile(r"^model\.layers\.(\d+)\.router\.weight$")
-ADDED_NAME = re.compile(r"^model\.layers\.\d+\.(router\.weight|substitute\.\w+)$")
+ROUTER_NAME = re.compile(r"^model\.layers\.(\d+)\.(?:attn_|mlp_)?router\.weight$")
+SUBSTITUTE_NAME = re.compile(r"^model\.layers\.\d+\.(?:attn_|mlp_)?substitute\.\w+$")
+ADDED_NAME = re.compile(f"{ROUTER_NAME.pattern}|{SUBSTITUTE_NAME.pattern}")
 """What a checkpoint has beside its base's weights."""
 WHOLE_DTYPES = ("F32", "F16", "BF16", "F64")
 UNITS_FIELD = "mod_units"
@@ -147,9 +148,11 @@ def make_settings(
         given = {name: value for name, value in given.items() if value is not None}
         if isinstance(settings.threshold, tuple) and threshold is None:  # those of single routers hold for no others
             same = given.get("granularity", settings.granularity) == settings.granularity
-            known = dict(zip(settings.layers, settings.threshold, strict=True)) if same else {}
+            known = dict(zip(settings.places, settings.threshold, strict=True)) if same else {}
             layers = given.get("layers", settings.layers)
-            given["threshold"] = tuple(known.get(layer, 0.5) for layer in layers) if known else 0.5
+            places = replace(settings, threshold=0.5, substitute=None, capacities=None, layers=layers).places
+            given["threshold"] = tuple(known.get(place, 0.5) for place in places) if known else 0.5
+            known = set(map(layer_of, known))
             if reset := [layer for layer in layers if layer not in known]:
                 kept = [layer for layer in layers if layer in known]
                 logger.warning(
@@ -192,9 +195,9 @@ def read_settings(directory: str | Path, capacity: float | None = None) -> MoDSe
         raise UserError(f"{directory}: {error}") from None
 
 
-def router_name(layer: int) -> str:
-    """Return the name of a layer's router weight in a checkpoint."""
-    return f"model.layers.{layer}.router.weight"
+def router_name(place: Place) -> str:
+    """Return the name of a router's weight in a checkpoint."""
+    return f"model.layers.{layer_of(place)}.{module_name(place, 'router')}.weight"
 
 
 def weight_map(directory: str | Path) -> dict[str, str]:
@@ -256,18 +259,18 @@ def save_routers(
     path: str | Path,
     routers: dict[str, torch.Tensor],
     settings: MoDSettings,
-    units: Mapping[int, float] | None = None,
+    units: Mapping[Place, float] | None = None,
 ) -> None:
     """Write routers alone, float32, atomically; the file says what they are for, and in which units they compare.
 
     Args:
-        units: layer index -> how far a common shift of all layers moves this one's logits; None where not known.
+        units: place -> how far a common shift of all routers moves this one's logits; None where not known.
     """
     fields = settings.to_dict()
     metadata = {"format": "pt", "granularity": settings.granularity}
     metadata |= {name: json.dumps(fields[name]) for name in ("layers", "threshold")}
     if units is not None:
-        metadata["units"] = json.dumps([units[layer] for layer in settings.layers])
+        metadata["units"] = json.dumps([units[place] for place in settings.places])
     tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in routers.items()}
     with atomic_file(path, "wb") as file:
         file.write(to_safetensors(tensors, metadata))
@@ -284,7 +287,7 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
     granularity = metadata.get("granularity", settings.granularity)
     if granularity != settings.granularity:
         raise UserError(f"{file_path}: routers for {granularity}, but this run routes {settings.granularity}")
-    expected = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
+    expected = {router_name(place): router.weight for place, router in model.router_modules().items()}
     if set(routers) != set(expected):
         raise UserError(f"{file_path}: routers for layers {_layers(routers)}, but this run routes {_layers(expected)}")
     with torch.no_grad(), whole_parameters(expected.values()):
@@ -300,8 +303,8 @@ def load_routers(model: torch.nn.Module, path: str | Path) -> None:
 def substitute_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return contract name -> parameter of all substitutes of a routed model, ascending by layer; {} without any."""
     return {
-        f"model.layers.{layer}.substitute.{name}": parameter
-        for layer, substitute in model.substitute_modules().items()
+        f"model.layers.{layer_of(place)}.{module_name(place, 'substitute')}.{name}": parameter
+        for place, substitute in model.substitute_modules().items()
         for name, parameter in substitute.named_parameters()
     }
 
@@ -320,16 +323,16 @@ def add_substitutes(model: torch.nn.Module, substitute: dict[str, Any]) -> None:
         settings.check_size(model.config.hidden_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for layer, router in model.router_modules().items():
-        made = MoDSubstitute(model.config.hidden_size, settings.substitute_rank(layer))
-        model.get_decoder().layers[layer].substitute = made.to(router.weight.device)
+    for place, router in model.router_modules().items():
+        made = MoDSubstitute(model.config.hidden_size, settings.substitute_rank(place))
+        model.get_decoder().layers[layer_of(place)].set_substitute(place, made.to(router.weight.device))
     model.set_mod_settings(settings)
 
 
 def remove_substitutes(model: torch.nn.Module) -> None:
     """Let a routed model return nothing for what it skips, as published."""
-    for layer in model.router_modules():
-        model.get_decoder().layers[layer].substitute = None
+    for place in model.router_modules():
+        model.get_decoder().layers[layer_of(place)].set_substitute(place, None)
     change_settings(model, substitute=None)
 
 
@@ -397,19 +400,20 @@ def read_routers(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     return routers, metadata
 
 
-def read_units(directory: str | Path) -> dict[int, float] | None:
+def read_units(directory: str | Path) -> dict[Place, float] | None:
     """Return the units that a checkpoint's routers compare in, as `save_routers` takes them; None if it has none."""
     metadata = read_routers(directory)[1]
     if "units" not in metadata:
         return None
-    layers, units = json.loads(metadata["layers"]), json.loads(metadata["units"])
+    places = MoDSettings(metadata["granularity"], tuple(json.loads(metadata["layers"]))).places
+    units = json.loads(metadata["units"])
     if (
         not isinstance(units, list)
-        or len(units) != len(layers)
+        or len(units) != len(places)
         or not all(type(unit) in (int, float) for unit in units)
     ):
         raise UserError(f"{directory}: the units of its routers are {units!r}, not a number for each routed layer")
-    return dict(zip(layers, units, strict=True))
+    return dict(zip(places, units, strict=True))
 
 
 def set_thresholds(model: torch.nn.Module, threshold: float | list) -> None:
@@ -454,7 +458,7 @@ def build_mod_checkpoint(
     load_tokenizer(base_dir)  # it comes from the base: better refused now than at the first training
     size = config["hidden_size"]
     rows = _config_object(config, settings).num_experts if settings.granularity == EXPERT_GRANULARITY else 1
-    routers = {router_name(layer): torch.zeros(rows, size) for layer in settings.layers}
+    routers = {router_name(place): torch.zeros(rows, size) for place in settings.places}
     return write_checkpoint(output_dir, base_dir, settings, routers, copy_base=copy_base)
 
 
@@ -466,7 +470,7 @@ def write_checkpoint(
     copy_base: bool = False,
     trained_base: dict[str, torch.Tensor] | None = None,
     adapter: Adapter | None = None,
-    units: Mapping[int, float] | None = None,
+    units: Mapping[Place, float] | None = None,
     substitutes: Mapping[str, torch.Tensor] | None = None,
 ) -> str:
     """Write a MoD checkpoint into `output_dir`, which may hold other files; the index comes last.
@@ -551,7 +555,7 @@ def merge_adapter(trained_dir: str | Path, output_dir: str | Path) -> str:
     if not (is_mod(config) and holds_adapter(trained_dir)):
         raise UserError(f"{trained_dir}: nothing to merge, it is not the output of a run with --use_lora")
     model = load_mod_model(trained_dir, dtype=torch.float32)
-    routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
+    routers = {router_name(place): router.weight for place, router in model.router_modules().items()}
     settings = MoDSettings.from_dict(config["mod"])
     substitutes = {name: parameter.detach() for name, parameter in substitute_parameters(model).items()}
     trained_base, units = merged_weights(model), read_units(trained_dir)

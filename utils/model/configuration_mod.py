@@ -7,6 +7,7 @@ router, what the router gates, and where its threshold lies. This file travels i
 import difflib
 import math
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import (
@@ -20,15 +21,21 @@ from transformers import (
     Qwen3Config,
 )
 
-TARGETS = ("attn", "mlp", "block")
+TARGETS = ("attn", "mlp", "block", "attn_mlp")
 LEVELS = ("sequence", "token")
 GRANULARITIES = tuple(f"{target}_{level}" for target in TARGETS for level in LEVELS)
-"""What a router gates, and for what unit it decides (Table 2), in any decoder."""
+"""What routers gate, and for what unit they decide (Table 2), in any decoder; `attn_mlp` has two in a layer."""
 
 EXPERT_GRANULARITY = "expert_token"
 """Gates the assignments of tokens to experts, in mixture-of-experts models (Section 3.3)."""
 
 ALL_GRANULARITIES = (*GRANULARITIES, EXPERT_GRANULARITY)
+
+BRANCHES = ("attn", "mlp")
+"""What a layer's two routers gate where attention and MLP are routed apart."""
+
+Place = int | tuple[int, str]
+"""Where a router is: the index of its layer; where a layer has two, that and which of `BRANCHES` it gates."""
 
 SUBSTITUTES = ("linear",)
 """What can stand in for a skipped branch: a low-rank linear map of its normed input (`substitute_mod.py`)."""
@@ -46,6 +53,30 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(str(value), allowed, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def layer_of(place: Place) -> int:
+    """Return the index of the layer that a router is in."""
+    return place if isinstance(place, int) else place[0]
+
+
+def place_name(place: Place) -> str:
+    """Return how a router is called in reports: `15`, or `15.attn` and `15.mlp` where a layer has two."""
+    return str(place) if isinstance(place, int) else f"{place[0]}.{place[1]}"
+
+
+def report_key(place: Place) -> int | str:
+    """Return what a report has a router's figures under: the layer's index, or the name of one of its two routers."""
+    return place if isinstance(place, int) else place_name(place)
+
+
+def module_name(place: Place, what: str) -> str:
+    """Return the name of a layer's module: `router`, or `attn_router` and `mlp_router` where a layer has two.
+
+    Args:
+        what: `router` or `substitute`.
+    """
+    return what if isinstance(place, int) else f"{place[1]}_{what}"
 
 
 def _as_tuples(value: Any) -> Any:
@@ -93,17 +124,19 @@ class MoDSettings:
     Args:
         granularity: one of `ALL_GRANULARITIES`.
         layers: indices of the routed layers, ascending.
-        threshold: an input is kept where `sigmoid(router_logit) >= threshold` (Eq. 2); one number for all layers, or
-            one for each routed layer, in the order of `layers`. Where experts are routed a layer's may be a list with
-            one for each expert.
+        threshold: an input is kept where `sigmoid(router_logit) >= threshold` (Eq. 2); one number for all routers, or
+            one for each, in the order of `places`. Where experts are routed a layer's may be a list with one for each
+            expert.
         target_capacity: share of inputs in [0, 1] that the routers were trained to execute; None where not trained.
         base_model: name of the dense model that the checkpoint was made from; for the reader only.
         substitute: what a skipped branch returns instead of nothing, `{"kind": "linear", "rank": 64}`, the rank one
-            number or one for each routed layer; None for nothing, as published.
+            number or one for each router; None for nothing, as published.
         capacities: what else the routers can execute, `{"capacity": 0.75, "threshold": [...]}` for each capacity that
             they were calibrated for, ascending; None where they weren't. `at_capacity` chooses.
         sequence_pooling: one of `SEQUENCE_POOLINGS`, what a sequence's routers and thresholds were trained and
             calibrated on; None where not trained, and for tokens. The model itself pools what it is given.
+        budget_length: where a layer has two routers, what a capacity counts an input for: the operations that skipping
+            it saves in a prefill of so many tokens; None for the parameters that it saves.
     """
 
     granularity: str
@@ -114,6 +147,7 @@ class MoDSettings:
     substitute: dict[str, Any] | None = None
     capacities: tuple[dict[str, Any], ...] | None = None
     sequence_pooling: str | None = None
+    budget_length: int | None = None
 
     def __post_init__(self):
         check_choice("granularity", self.granularity, ALL_GRANULARITIES)
@@ -122,8 +156,7 @@ class MoDSettings:
             raise ValueError(f"mod.layers {self.layers} must be one or more ascending layer indices")
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "threshold", _as_tuples(self.threshold))
-        if isinstance(self.threshold, tuple) and len(self.threshold) != len(layers):
-            raise ValueError(f"mod.threshold has {len(self.threshold)} numbers for {len(layers)} routed layers")
+        self._check_count("threshold", self.threshold)
         for each in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
             of_experts = isinstance(each, tuple) and self.granularity == EXPERT_GRANULARITY
             for threshold in each if of_experts else (each,):
@@ -137,6 +170,16 @@ class MoDSettings:
             self._check_capacities()
         if self.sequence_pooling is not None:
             check_choice("mod.sequence_pooling", self.sequence_pooling, SEQUENCE_POOLINGS)
+        if self.budget_length is not None and (type(self.budget_length) is not int or self.budget_length < 1):
+            raise ValueError(f"mod.budget_length {self.budget_length!r} must be a number of tokens, or be left out")
+
+    def _check_count(self, name: str, values: Any) -> None:
+        """Raise `ValueError` where a tuple does not have one value for each router."""
+        if isinstance(values, tuple) and len(values) != len(self.places):
+            routers = f"{len(self.layers)} routed layers"
+            if len(self.branches) > 1:
+                routers = f"the {len(self.places)} routers of {routers}"
+            raise ValueError(f"mod.{name} has {len(values)} numbers for {routers}")
 
     def _check_capacities(self) -> None:
         entries = tuple(self.capacities) if isinstance(self.capacities, list | tuple) else ()
@@ -186,8 +229,7 @@ class MoDSettings:
         check_choice("mod.substitute.kind", substitute["kind"], SUBSTITUTES)
         rank = _as_tuples(substitute["rank"])
         ranks = rank if isinstance(rank, tuple) else (rank,)
-        if isinstance(rank, tuple) and len(rank) != len(self.layers):
-            raise ValueError(f"mod.substitute.rank has {len(rank)} numbers for {len(self.layers)} routed layers")
+        self._check_count("substitute.rank", rank)
         for each in ranks:
             if type(each) is not int or each < 1:
                 raise ValueError(f"mod.substitute.rank {each!r} must be a whole number from 1 to the hidden size")
@@ -210,35 +252,53 @@ class MoDSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into `config.json`."""
         values = {field.name: _as_lists(getattr(self, field.name)) for field in fields(self)}
-        for name in ("substitute", "capacities", "sequence_pooling"):
+        for name in ("substitute", "capacities", "sequence_pooling", "budget_length"):
             if values[name] is None:
                 del values[name]
         return values
 
-    def threshold_of(self, layer: int) -> float | tuple[float, ...]:
-        """Return the threshold of the routed layer with this index; of experts, it may be one for each."""
+    def threshold_of(self, place: Place) -> float | tuple[float, ...]:
+        """Return the threshold of the router there; of experts, it may be one for each."""
         if isinstance(self.threshold, tuple):
-            return self.threshold[self.layers.index(layer)]
+            return self.threshold[self.places.index(place)]
         return self.threshold
 
     def check_size(self, hidden_size: int) -> None:
         """Raise `ValueError` where a substitute's rank is above the model's hidden size."""
-        for layer in self.layers:
-            rank = self.substitute_rank(layer)
+        for place in self.places:
+            rank = self.substitute_rank(place)
             if rank is not None and rank > hidden_size:
                 raise ValueError(f"substitute rank {rank} must lie between 1 and the hidden size, {hidden_size}")
 
-    def substitute_rank(self, layer: int) -> int | None:
-        """Return the rank of the substitute of the routed layer with this index; None where there is none."""
+    def substitute_rank(self, place: Place) -> int | None:
+        """Return the rank of the substitute of the router there; None where there is none."""
         if self.substitute is None:
             return None
         rank = self.substitute["rank"]
-        return rank[self.layers.index(layer)] if isinstance(rank, tuple) else rank
+        return rank[self.places.index(place)] if isinstance(rank, tuple) else rank
 
     @property
     def target(self) -> str:
-        """What is gated: `attn`, `mlp`, `block` or `expert`."""
+        """What is gated: `attn`, `mlp`, `block`, `attn_mlp` (both, apart from each other) or `expert`."""
         return self.granularity.rsplit("_", 1)[0]
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What each router of a layer gates, in the order of their execution."""
+        return BRANCHES if self.target == "attn_mlp" else (self.target,)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where the routers are, in the order of their execution; that of thresholds, ranks, scores and gates."""
+        return tuple(self.place_of(layer, branch) for layer in self.layers for branch in self.branches)
+
+    def place_of(self, layer: int, branch: str) -> Place:
+        """Return where the router is that gates this one of `branches` in a routed layer."""
+        return (layer, branch) if len(self.branches) > 1 else layer
+
+    def branch_of(self, place: Place) -> str:
+        """Return what the router there gates: `attn`, `mlp`, `block` or `expert`."""
+        return self.target if isinstance(place, int) else place[1]
 
     @property
     def level(self) -> str:

@@ -25,38 +25,32 @@ def dense_forward(
     Args:
         layer: a decoder layer with `MoDDecoderLayerMixin`.
         hidden_states: [batch, tokens, hidden_size].
-        routing: this forward's routing; the layer's decision is recorded in it.
+        routing: this forward's routing; the layer's decisions are recorded in it.
         attention_kwargs: what the attention takes besides its hidden states.
 
     Returns:
         [batch, tokens, hidden_size], in the dtype of `hidden_states`.
     """
-    target = layer.mod_settings.target
-    cache = attention_kwargs["past_key_values"]
-    residual = hidden_states
-    normed = layer.input_layernorm(hidden_states)
-    if target != "mlp":
-        gate = _gate(layer, normed, routing, cache)
-    if target == "block":
-        skipped = residual if layer.substitute is None else residual + layer.substitute(normed)
-    attention = _attend(layer, normed, attention_kwargs)
-    hidden_states = residual + (_gated(layer, gate, attention, normed) if target == "attn" else attention)
+    branches, cache = layer.mod_settings.branches, attention_kwargs["past_key_values"]
 
-    normed = layer.post_attention_layernorm(hidden_states)
-    if target == "mlp":
-        gate = _gate(layer, normed, routing, cache)
-    mlp = layer.mlp(normed)
-    hidden_states = hidden_states + (_gated(layer, gate, mlp, normed) if target == "mlp" else mlp)
-    if target == "block":
+    def gated(branch: str, normed: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return `M F(x) + (1 - M) S(x)`, `F` being `run`; `F(x)` where the branch has no router."""
+        if branch not in branches:
+            return run(normed)
+        gate, substitute = _gate(layer, branch, normed, routing, cache), layer.substitute_of(branch)
+        output = gate * run(normed)
+        return output if substitute is None else output + (1 - gate) * substitute(normed)
+
+    residual, normed = hidden_states, layer.input_layernorm(hidden_states)
+    if "block" in branches:
+        gate, substitute = _gate(layer, "block", normed, routing, cache), layer.substitute_of("block")
+        skipped = residual if substitute is None else residual + substitute(normed)
+    hidden_states = residual + gated("attn", normed, lambda normed: _attend(layer, normed, attention_kwargs))
+    hidden_states = hidden_states + gated("mlp", layer.post_attention_layernorm(hidden_states), layer.mlp)
+    if "block" in branches:
         # equals residual + gate * (hidden_states - residual), and is exact for a gate of 1 as well as of 0
         hidden_states = gate * hidden_states + (1 - gate) * skipped
     return hidden_states
-
-
-def _gated(layer: torch.nn.Module, gate: torch.Tensor, branch: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-    """Return `M F(x) + (1 - M) S(x)`."""
-    branch = gate * branch
-    return branch if layer.substitute is None else branch + (1 - gate) * layer.substitute(normed)
 
 
 def sparse_forward(
@@ -64,77 +58,76 @@ def sparse_forward(
 ) -> torch.Tensor:
     """Compute kept inputs only (Eq. 5); same arguments and, up to rounding, same result as `dense_forward`.
 
-    Finding what is kept moves one small mask to the host, at sequence level only where the cache has no decision yet.
+    Finding what a router keeps moves one small mask to the host, at sequence level only where the cache has no decision
+    yet.
     """
+    branches = layer.mod_settings.branches
     run = _sparse_sequences if layer.mod_settings.level == "sequence" else _sparse_tokens
-    return run(layer, hidden_states, routing, attention_kwargs)
+    if "block" in branches:
+        return run(layer, "block", hidden_states, routing, attention_kwargs)
+    if "attn" in branches:
+        hidden_states = run(layer, "attn", hidden_states, routing, attention_kwargs)
+    else:
+        hidden_states = hidden_states + _attend(layer, layer.input_layernorm(hidden_states), attention_kwargs)
+    if "mlp" in branches:
+        return run(layer, "mlp", hidden_states, routing, attention_kwargs)
+    return _add_mlp(layer, hidden_states)
 
 
 def _sparse_sequences(
-    layer: torch.nn.Module, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
+    layer: torch.nn.Module, branch: str, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    target = layer.mod_settings.target
-    cache = attention_kwargs["past_key_values"]
-    norm = layer.input_layernorm
-    if target == "mlp":
-        norm = layer.post_attention_layernorm
-        hidden_states = hidden_states + _attend(layer, layer.input_layernorm(hidden_states), attention_kwargs)
-
-    decision, normed = _recall(layer, routing, cache), None
+    cache, substitute, norm = attention_kwargs["past_key_values"], layer.substitute_of(branch), _norm(layer, branch)
+    decision, normed = _recall(layer, branch, routing, cache), None
     if decision is None:
         normed = norm(hidden_states)
-        decision = _decide(layer, normed, routing, cache)
+        decision = _decide(layer, branch, normed, routing, cache)
     rows = decision.kept
     if rows is None:
-        return _whole_branch(layer, hidden_states, norm(hidden_states) if normed is None else normed, attention_kwargs)
+        normed = norm(hidden_states) if normed is None else normed
+        return _whole_branch(layer, branch, hidden_states, normed, attention_kwargs)
     if len(rows) == 0:
-        if target != "mlp" and cache is not None:
+        if branch != "mlp" and cache is not None:
             cache_no_rows(layer.self_attn, hidden_states, cache)
-        if layer.substitute is not None:
-            hidden_states = hidden_states + layer.substitute(norm(hidden_states) if normed is None else normed)
-        return _add_mlp(layer, hidden_states) if target == "attn" else hidden_states
+        if substitute is not None:
+            hidden_states = hidden_states + substitute(norm(hidden_states) if normed is None else normed)
+        return hidden_states
 
-    if layer.substitute is not None:
+    if substitute is not None:
         if normed is None:
             normed = norm(hidden_states)
-        substituted = decision.skipped, layer.substitute(normed[decision.skipped])
+        substituted = decision.skipped, substitute(normed[decision.skipped])
     else:
         substituted = None
     normed = norm(hidden_states[rows]) if normed is None else normed[rows]  # [kept, tokens, hidden_size]
-    if target == "mlp":
+    if branch == "mlp":
         return _add_at(hidden_states, (rows, layer.mlp(normed)), substituted)
     attention = _attend(layer, normed, select_rows(attention_kwargs, rows, batch=hidden_states.shape[0]))
-    if target == "attn":
-        return _add_mlp(layer, _add_at(hidden_states, (rows, attention), substituted))
+    if branch == "attn":
+        return _add_at(hidden_states, (rows, attention), substituted)
     kept = _add_mlp(layer, hidden_states[rows] + attention)
     return _put_at(hidden_states, (rows, kept), substituted)
 
 
 def _sparse_tokens(
-    layer: torch.nn.Module, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
+    layer: torch.nn.Module, branch: str, hidden_states: torch.Tensor, routing: Routing, attention_kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    target = layer.mod_settings.target
-    norm = layer.input_layernorm
-    if target == "mlp":
-        norm = layer.post_attention_layernorm
-        hidden_states = hidden_states + _attend(layer, layer.input_layernorm(hidden_states), attention_kwargs)
-
-    normed = norm(hidden_states)
-    decision = _decide(layer, normed, routing, cache=None)
+    normed, substitute = _norm(layer, branch)(hidden_states), layer.substitute_of(branch)
+    decision = _decide(layer, branch, normed, routing, cache=None)
     kept = decision.kept
     if kept is None:
-        return _whole_branch(layer, hidden_states, normed, attention_kwargs)
+        return _whole_branch(layer, branch, hidden_states, normed, attention_kwargs)
 
     flat, substituted = hidden_states.flatten(0, 1), None  # [batch * tokens, hidden_size]
-    if layer.substitute is not None:
+    if substitute is not None:
         skipped = decision.skipped
-        substituted = skipped, layer.substitute(normed.flatten(0, 1).index_select(0, skipped))
-    if target == "mlp":
+        substituted = skipped, substitute(normed.flatten(0, 1).index_select(0, skipped))
+    if branch == "mlp":
         outputs = _mlp(layer, normed.flatten(0, 1).index_select(0, kept)) if len(kept) > 0 else None
         return _add_at(flat, (kept, outputs), substituted).view_as(hidden_states)
     attention = attend_kept_tokens(layer.self_attn, normed, decision, attention_kwargs)  # [kept, hidden_size]
-    if target == "attn":
-        return _add_mlp(layer, _add_at(flat, (kept, attention), substituted).view_as(hidden_states))
+    if branch == "attn":
+        return _add_at(flat, (kept, attention), substituted).view_as(hidden_states)
     if attention is not None:
         attention = _add_mlp(layer, flat.index_select(0, kept) + attention)
     return _put_at(flat, (kept, attention), substituted).view_as(hidden_states)
@@ -176,35 +169,39 @@ def _of_rows(mask_mod: Callable, rows: torch.Tensor) -> Callable:
     return rows_mask_mod
 
 
-def _recall(layer: torch.nn.Module, routing: Routing, cache: Any) -> Decision | None:
+def _recall(layer: torch.nn.Module, branch: str, routing: Routing, cache: Any) -> Decision | None:
     """Return and record the decision that prefill took, None where this call is the prefill."""
     if cache is None or layer.mod_settings.level == "token":
         return None
-    decision = cache.layers[layer.layer_idx].decision
+    decision = cache.layers[layer.layer_idx].decisions.get(branch)
     if decision is not None:
-        routing.decisions[layer.layer_idx] = decision
+        routing.decisions[layer.place_of(branch)] = decision
     return decision
 
 
-def _decide(layer: torch.nn.Module, normed: torch.Tensor, routing: Routing, cache: Any) -> Decision:
+def _decide(layer: torch.nn.Module, branch: str, normed: torch.Tensor, routing: Routing, cache: Any) -> Decision:
     """Decide on the normed input [batch, tokens, hidden_size], record it and let the cache hold it."""
-    settings = layer.mod_settings
+    settings, place = layer.mod_settings, layer.place_of(branch)
     if routing.gate_rule is None:
-        threshold = settings.threshold_of(layer.layer_idx)
-        decision = Decision(*decide(layer.router, normed, settings.level, threshold, routing.token_mask))
+        threshold = settings.threshold_of(place)
+        decision = Decision(*decide(layer.router_of(branch), normed, settings.level, threshold, routing.token_mask))
     else:
         inputs = router_inputs(normed, settings.level, routing.token_mask)
-        decision = routing.gate_rule(layer.layer_idx, inputs)
-    routing.decisions[layer.layer_idx] = decision
+        decision = routing.gate_rule(place, inputs)
+    routing.decisions[place] = decision
     if cache is not None and settings.level == "sequence":
-        cache.layers[layer.layer_idx].hold(decision, packed=routing.sparse and settings.target != "mlp")
+        cache.layers[layer.layer_idx].hold(branch, decision, packs=routing.sparse and branch != "mlp")
     return decision
 
 
-def _gate(layer: torch.nn.Module, normed: torch.Tensor, routing: Routing, cache: Any) -> torch.Tensor:
+def _gate(layer: torch.nn.Module, branch: str, normed: torch.Tensor, routing: Routing, cache: Any) -> torch.Tensor:
     """Return the gates, [batch, 1 or tokens, 1], in the dtype of the hidden states."""
-    decision = _recall(layer, routing, cache) or _decide(layer, normed, routing, cache)
+    decision = _recall(layer, branch, routing, cache) or _decide(layer, branch, normed, routing, cache)
     return decision.gates.reshape(normed.shape[0], -1, 1).to(normed.dtype)
+
+
+def _norm(layer: torch.nn.Module, branch: str) -> torch.nn.Module:
+    return layer.post_attention_layernorm if branch == "mlp" else layer.input_layernorm
 
 
 def _attend(layer: torch.nn.Module, normed: torch.Tensor, attention_kwargs: dict[str, Any]) -> torch.Tensor:
@@ -221,12 +218,17 @@ def _mlp(layer: torch.nn.Module, normed: torch.Tensor) -> torch.Tensor:
 
 
 def _whole_branch(
-    layer: torch.nn.Module, hidden_states: torch.Tensor, normed: torch.Tensor, attention_kwargs: dict[str, Any]
+    layer: torch.nn.Module,
+    branch: str,
+    hidden_states: torch.Tensor,
+    normed: torch.Tensor,
+    attention_kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """Finish the layer from the normed input of what is gated, as if it weren't."""
-    if layer.mod_settings.target == "mlp":
+    """Run the branch on its normed input as if it weren't gated, and add it."""
+    if branch == "mlp":
         return hidden_states + layer.mlp(normed)
-    return _add_mlp(layer, hidden_states + _attend(layer, normed, attention_kwargs))
+    hidden_states = hidden_states + _attend(layer, normed, attention_kwargs)
+    return _add_mlp(layer, hidden_states) if branch == "block" else hidden_states
 
 
 Placed = tuple[torch.Tensor, torch.Tensor | None]

@@ -38,7 +38,10 @@ from .configuration_mod import (
     MoDQwen2Config,
     MoDQwen3Config,
     MoDSettings,
+    Place,
     check_choice,
+    layer_of,
+    module_name,
 )
 from .execution_mod import dense_forward, sparse_forward
 from .moe_mod import expert_forward
@@ -51,7 +54,8 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
     """A causal language model's output and what its routers decided.
 
     Args:
-        router_scores: `R(x)`, float32 [routed layers, batch] or [routed layers, batch, tokens]; carries gradient.
+        router_scores: `R(x)`, float32 [routers, batch] or [routers, batch, tokens], in the order of the settings'
+            `places`, for most granularities one for each routed layer; carries gradient.
         router_gates: `M`, same shape, exactly 0 or 1; carries the straight-through gradient. None if routing is off.
         states: [positions, hidden_size], the last hidden states that `states_at` asked for.
     """
@@ -62,17 +66,34 @@ class MoDCausalLMOutput(CausalLMOutputWithPast):
 
 
 class MoDDecoderLayerMixin:
-    """Over a pre-norm decoder layer: adds a router that decides whether a branch is executed."""
+    """Over a pre-norm decoder layer: adds a router for each branch that is executed or not."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         self.mod_settings = config.mod_settings
-        self.router = MoDRouter(
-            config.hidden_size, config.num_experts if self.mod_settings.target == "expert" else None
-        )
-        rank = self.mod_settings.substitute_rank(layer_idx)
-        self.substitute = None if rank is None else MoDSubstitute(config.hidden_size, rank)
+        num_experts = config.num_experts if self.mod_settings.target == "expert" else None
+        for branch in self.mod_settings.branches:
+            place = self.place_of(branch)
+            setattr(self, module_name(place, "router"), MoDRouter(config.hidden_size, num_experts))
+            rank = self.mod_settings.substitute_rank(place)
+            self.set_substitute(place, None if rank is None else MoDSubstitute(config.hidden_size, rank))
+
+    def place_of(self, branch: str) -> Place:
+        """Return where the router of this branch is."""
+        return self.mod_settings.place_of(self.layer_idx, branch)
+
+    def router_of(self, branch: str) -> MoDRouter:
+        """Return the router of a branch that has one."""
+        return getattr(self, module_name(self.place_of(branch), "router"))
+
+    def substitute_of(self, branch: str) -> MoDSubstitute | None:
+        """Return what stands in for a branch that has a router; None for nothing."""
+        return getattr(self, module_name(self.place_of(branch), "substitute"))
+
+    def set_substitute(self, place: Place, substitute: MoDSubstitute | None) -> None:
+        """Let this stand in for what the router there skips; None for nothing."""
+        setattr(self, module_name(place, "substitute"), substitute)
 
     def forward(
         self,
@@ -105,9 +126,11 @@ class MoDDecoderLayerMixin:
 class MoDPreTrainedMixin:
     """What inner model and language model share: routers start at zero, and stay float32 in a low-precision load."""
 
-    _keep_in_fp32_modules_strict = [r"layers\.\d+\.router"]
-    _keys_to_ignore_on_load_missing = [r"layers\.\d+\.router\.weight$"]
-    _keys_to_ignore_on_load_unexpected = [r"layers\.\d+\.router\.weight$"]  # of a layer that `mod.layers` leaves out
+    _keep_in_fp32_modules_strict = [r"layers\.\d+\.(attn_|mlp_)?router"]
+    _keys_to_ignore_on_load_missing = [r"layers\.\d+\.(attn_|mlp_)?router\.weight$"]
+    _keys_to_ignore_on_load_unexpected = [  # of a layer that `mod.layers` leaves out
+        r"layers\.\d+\.(attn_|mlp_)?router\.weight$"
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -150,10 +173,10 @@ class MoDPreTrainedMixin:
         model._loaded_base = loading_info.to_dict()
         return loading_info
 
-    def router_modules(self) -> dict[int, MoDRouter]:
-        """Return layer index -> router, ascending."""
-        layers = self.get_decoder().layers
-        return {index: layers[index].router for index in self.mod_settings.layers}
+    def router_modules(self) -> dict[Place, MoDRouter]:
+        """Return place -> router, in the order of the settings' `places`."""
+        layers, settings = self.get_decoder().layers, self.mod_settings
+        return {place: layers[layer_of(place)].router_of(settings.branch_of(place)) for place in settings.places}
 
     def set_mod_settings(self, settings: MoDSettings) -> None:
         """Run with other settings of the same layers, granularity and substitutes."""
@@ -170,11 +193,11 @@ class MoDPreTrainedMixin:
         """
         self.set_mod_settings(self.config.mod_settings.at_capacity(capacity))
 
-    def substitute_modules(self) -> dict[int, MoDSubstitute]:
-        """Return layer index -> substitute, ascending; empty where nothing stands in for what is skipped."""
-        layers = self.get_decoder().layers
-        found = {index: layers[index].substitute for index in self.mod_settings.layers}
-        return {index: substitute for index, substitute in found.items() if substitute is not None}
+    def substitute_modules(self) -> dict[Place, MoDSubstitute]:
+        """Return place -> substitute, in the same order; empty where nothing stands in for what is skipped."""
+        layers, settings = self.get_decoder().layers, self.mod_settings
+        found = {place: layers[layer_of(place)].substitute_of(settings.branch_of(place)) for place in settings.places}
+        return {place: substitute for place, substitute in found.items() if substitute is not None}
 
     def activation_checkpointing_enable(self, *args, **kwargs) -> None:
         """Recompute activations in the backward, as transformers does, but only where there is one to be done.
@@ -333,7 +356,7 @@ class MoDForCausalLMMixin(MoDGenerationMixin, MoDPreTrainedMixin):
         drafted: bool = False,
         token_mask: torch.Tensor | None = None,
         states_at: torch.Tensor | None = None,
-        gate_rule: Callable[[int, torch.Tensor], Decision] | None = None,
+        gate_rule: Callable[[Place, torch.Tensor], Decision] | None = None,
         **kwargs,
     ) -> MoDCausalLMOutput | CausalLMOutputWithPast:
         """Run the language model, as transformers' `forward` with six more keywords.
@@ -398,8 +421,8 @@ class MoDForCausalLMMixin(MoDGenerationMixin, MoDPreTrainedMixin):
         return self.output_class(**output, **self.decided(routing))
 
     def decided(self, routing: Routing) -> dict[str, torch.Tensor]:
-        """Return the output's fields for what was decided in a forward, each [routed layers, ...]."""
-        decisions = [routing.decisions[index] for index in self.mod_settings.layers]
+        """Return the output's fields for what was decided in a forward, each [routers, ...]."""
+        decisions = [routing.decisions[place] for place in self.mod_settings.places]
         return {
             "router_scores": torch.stack([decision.scores for decision in decisions]),
             "router_gates": torch.stack([decision.gates for decision in decisions]),

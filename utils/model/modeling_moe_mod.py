@@ -69,7 +69,7 @@ class MoDMoEForCausalLMMixin(MoDForCausalLMMixin):
         return True
 
     def decided(self, routing: Routing) -> dict[str, torch.Tensor]:
-        """Return the output's fields for what was decided in a forward, each [routed layers, ...]."""
+        """Return the output's fields for what was decided in a forward, each [routers, ...]."""
         fields = super().decided(routing)
         if self.mod_settings.target == "expert":
             experts = [routing.decisions[index].experts for index in self.mod_settings.layers]

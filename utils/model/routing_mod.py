@@ -13,10 +13,12 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from .configuration_mod import Place
+
 
 @dataclass
 class Decision:
-    """What one layer's router decided.
+    """What one router decided.
 
     Args:
         scores: `R(x)`, float32, [batch] (sequence level), [batch, tokens] (token level) or, for the experts that each
@@ -73,17 +75,17 @@ class Routing:
         token_mask: bool [batch, tokens], True for tokens that count in a sequence's decision; None for all of them.
         sparse: leave out what is not kept, rather than compute it and multiply by zero.
         enabled: False runs the dense base model, as if every input were kept.
-        gate_rule: (layer index, router inputs [batch, hidden_size] or [batch, tokens, hidden_size]) -> decision;
+        gate_rule: (place of the router, its inputs [batch, hidden_size] or [batch, tokens, hidden_size]) -> decision;
             stands in for router and threshold, in training and calibration. Where experts are routed it is given
             those of each token as well, int64 [batch, tokens, top_k].
-        decisions: layer index -> what its router decided in this forward, or at the prefill of the cache.
+        decisions: place -> what the router there decided in this forward, or at the prefill of the cache.
     """
 
     token_mask: torch.Tensor | None
     sparse: bool
     enabled: bool = True
-    gate_rule: Callable[[int, torch.Tensor], Decision] | None = None
-    decisions: dict[int, Decision] = field(default_factory=dict)
+    gate_rule: Callable[[Place, torch.Tensor], Decision] | None = None
+    decisions: dict[Place, Decision] = field(default_factory=dict)
 
 
 class MoDRouter(nn.Module):

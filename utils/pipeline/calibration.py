@@ -16,13 +16,14 @@ from tqdm.auto import tqdm
 
 from utils.io.errors import UserError
 from utils.model.checkpoint import set_thresholds
-from utils.model.configuration_mod import MoDSettings
+from utils.model.configuration_mod import MoDSettings, Place
+from utils.model.costs import capacity_weights
 from utils.model.routing_mod import Decision
 
 from .capacity_control import FORWARD_INPUTS, of_assigned
 
 Cut = float | list[float]
-"""The logit from which a layer's inputs are kept; where experts are routed, one for each expert."""
+"""The logit from which a router's inputs are kept; where experts are routed, one for each expert."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +38,22 @@ LARGEST_CUT = 4.0
 def calibrate(
     model: nn.Module,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    cuts: Mapping[int, tuple[Cut, float]],
+    cuts: Mapping[Place, tuple[Cut, float]],
     target: float,
     tolerance: float = 0.004,
     runs: int = 5,
     progress: bool = False,
     execution: str | None = None,
-) -> tuple[dict[int, Cut], float]:
+) -> tuple[dict[Place, Cut], float]:
     """Find cuts that keep a share `target` of the inputs; of tokens, the mean over rows of each row's share.
+
+    Inputs count as in any capacity (`capacity_weights`).
 
     Args:
         model: a routed model.
         batches: `input_ids`, `attention_mask` and, if not all tokens decide, `token_mask`; not trained on.
-        cuts: layer index -> the logit from which an input is kept now, and what one unit of `u` is in logits.
+        cuts: place -> the logit from which an input is kept now, and what one unit of `u` is in logits, in the order of
+            the settings' `places`.
         target: share of inputs, in [0, 1].
         tolerance: stop when the measured share is this near.
         runs: forwards over all batches, at most.
@@ -57,7 +61,7 @@ def calibrate(
         execution: of the model, where another than its own in evaluation is to be taken.
 
     Returns:
-        Layer index -> the new cut, and the share that is executed by the run nearest to the target.
+        Place -> the new cut, and the share that is executed by the run nearest to the target.
     """
     layers = list(cuts)
     training = model.training
@@ -66,7 +70,7 @@ def calibrate(
     below, above = -math.inf, math.inf  # shifts that keep too much, too little
     bar = tqdm(total=runs, desc="calibrating thresholds", disable=not progress)
 
-    def measure(shifts: Mapping[int, float]) -> tuple[torch.Tensor, float]:
+    def measure(shifts: Mapping[Place, float]) -> tuple[torch.Tensor, float]:
         """Return all `u` with these shifts, and the share that they keep."""
         nonlocal weights, best
         shifted = {layer: (_moved(cut, shifts[layer] * scale), scale) for layer, (cut, scale) in cuts.items()}
@@ -88,7 +92,7 @@ def calibrate(
                 below = max(below, shift)
             else:
                 above = min(above, shift)
-            shift += _quantile(values, 1 - target, weights)
+            shift += weighted_quantile(values, 1 - target, weights)
             if not below < shift < above:  # skipping moved the logits: bisect
                 shift = (below + above) / 2 if math.isfinite(below + above) else shift
         if best[0] > JUMP and math.isfinite(below + above):
@@ -114,7 +118,7 @@ def _moved(cut: Cut, by: float) -> Cut:
 def logits_of_routers(
     model: nn.Module,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    cuts: Mapping[int, tuple[Cut, float]],
+    cuts: Mapping[Place, tuple[Cut, float]],
     gates_of: Callable[[torch.Tensor], torch.Tensor],
     execution: str | None = None,
 ) -> torch.Tensor:
@@ -129,7 +133,7 @@ def logits_of_routers(
     mask = None
     routers = model.router_modules()
 
-    def rule(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
+    def rule(layer: Place, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
         cut, scale = cuts[layer]
         values = of_assigned((routers[layer](inputs) - torch.tensor(cut, device=inputs.device)) / scale, experts)
         seen.append(values if values.dim() == 1 else values[mask].flatten())
@@ -148,15 +152,19 @@ def weights_of_inputs(
 ) -> torch.Tensor | None:
     """Return how much each of the `count` inputs that `logits_of_routers` returns counts, float [count], mean 1.
 
-    Of tokens each row's count as much as another row's: a capacity is what a request executes, on average. None, all
-    alike, for sequences.
+    Of tokens each row's count as much as another row's: a capacity is what a request executes, on average. Routers
+    differ as `capacity_weights` says. None, all alike, for sequences with one router in a layer.
     """
-    if model.config.mod_settings.level == "sequence":
+    settings, parts = model.config.mod_settings, []
+    if settings.level == "sequence" and len(settings.branches) == 1:
         return None
-    layers, parts = len(model.router_modules()), []
+    of_routers = torch.tensor(list(capacity_weights(model.config.to_dict(), settings).values()))
     for batch in batches:
         mask = batch["attention_mask"].bool()
-        parts.append((1.0 / mask.sum(dim=1, keepdim=True)).expand_as(mask)[mask].repeat(layers))
+        of_inputs = mask.new_ones(len(mask), dtype=torch.float32)
+        if settings.level == "token":
+            of_inputs = (1.0 / mask.sum(dim=1, keepdim=True)).expand_as(mask)[mask]
+        parts.append(torch.outer(of_routers.to(of_inputs), of_inputs).flatten())
     weights = torch.cat(parts)
     weights = weights.repeat_interleave(count // len(weights))  # experts that a token is assigned to
     return weights / weights.mean()
@@ -167,7 +175,7 @@ def _kept(values: torch.Tensor, weights: torch.Tensor | None) -> float:
     return float(kept.mean() if weights is None else (kept * weights).mean())
 
 
-def _quantile(values: torch.Tensor, share: float, weights: torch.Tensor | None = None) -> float:
+def weighted_quantile(values: torch.Tensor, share: float, weights: torch.Tensor | None = None) -> float:
     """Return a value with `share` of the values (of their weights) below it, half-way between two neighbours."""
     ordered, order = values.sort()
     if weights is None:
@@ -185,11 +193,11 @@ def _quantile(values: torch.Tensor, share: float, weights: torch.Tensor | None =
 def calibrate_table(
     model: nn.Module,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    cuts: Mapping[int, tuple[Cut, float]],
+    cuts: Mapping[Place, tuple[Cut, float]],
     capacities: Sequence[float],
     **options: Any,
-) -> dict[float, dict[int, Cut]]:
-    """Return capacity -> layer index -> cut, each found as `calibrate` does.
+) -> dict[float, dict[Place, Cut]]:
+    """Return capacity -> place -> cut, each found as `calibrate` does.
 
     Args:
         model, batches, cuts: as of `calibrate`.
@@ -209,8 +217,8 @@ def pack_capacities(table: Mapping[float, list[Cut]]) -> list[dict[str, Any]]:
 
 
 def fold_table(
-    table: Mapping[float, Mapping[int, Cut]],
-) -> tuple[dict[float, list[Cut]], dict[int, float]]:
+    table: Mapping[float, Mapping[Place, Cut]],
+) -> tuple[dict[float, list[Cut]], dict[Place, float]]:
     """Turn the cuts of several capacities into thresholds, as `fold` does those of one; the factors hold for all."""
     layers = list(next(iter(table.values())))
     farthest = {layer: max(_farthest(cuts[layer]) for cuts in table.values()) for layer in layers}
@@ -224,24 +232,24 @@ def fold_table(
     return thresholds, factors
 
 
-def fold(cuts: Mapping[int, Cut]) -> tuple[list[Cut], dict[int, float]]:
+def fold(cuts: Mapping[Place, Cut]) -> tuple[list[Cut], dict[Place, float]]:
     """Turn cuts into thresholds.
 
     Args:
-        cuts: layer index -> the logit from which an input is kept, ascending by layer.
+        cuts: place -> the logit from which an input is kept, in the order of the settings' `places`.
 
     Returns:
-        The thresholds in the order of the layers, and layer index -> the factor by which the layer's router is to be
-        multiplied with them: below 1 where the cut lies far out. What is kept stays the same.
+        The thresholds in that order, and place -> the factor by which the router is to be multiplied with them: below 1
+        where the cut lies far out. What is kept stays the same.
     """
     table, factors = fold_table({0.0: cuts})
     return table[0.0], factors
 
 
-def cuts_of(settings: MoDSettings) -> dict[int, Cut]:
-    """Return layer index -> the logit from which an input is kept, of the thresholds in the settings."""
-    thresholds = {layer: settings.threshold_of(layer) for layer in settings.layers}
-    return {layer: torch.tensor(value, dtype=torch.float64).logit().tolist() for layer, value in thresholds.items()}
+def cuts_of(settings: MoDSettings) -> dict[Place, Cut]:
+    """Return place -> the logit from which an input is kept, of the thresholds in the settings."""
+    thresholds = {place: settings.threshold_of(place) for place in settings.places}
+    return {place: torch.tensor(value, dtype=torch.float64).logit().tolist() for place, value in thresholds.items()}
 
 
 def _farthest(cut: Cut) -> float:
@@ -249,16 +257,16 @@ def _farthest(cut: Cut) -> float:
 
 
 @torch.no_grad()
-def settle(model: nn.Module, cuts: Mapping[int, Cut], scales: Mapping[int, float]) -> dict[int, float]:
+def settle(model: nn.Module, cuts: Mapping[Place, Cut], scales: Mapping[Place, float]) -> dict[Place, float]:
     """Let a model decide by these cuts: set its thresholds, and with them its routers where a cut lies far out.
 
     Args:
         model: a routed model whose weights are whole.
-        cuts: layer index -> the logit from which an input is kept, ascending by layer.
-        scales: layer index -> one unit of `u` in logits.
+        cuts: place -> the logit from which an input is kept, in the order of the settings' `places`.
+        scales: place -> one unit of `u` in logits.
 
     Returns:
-        Layer index -> one unit of `u` in the logits of the routers as they are now.
+        Place -> one unit of `u` in the logits of the routers as they are now.
     """
     thresholds, factors = fold(cuts)
     for layer, router in model.router_modules().items():
@@ -268,13 +276,13 @@ def settle(model: nn.Module, cuts: Mapping[int, Cut], scales: Mapping[int, float
 
 
 def settled_cuts(
-    model: nn.Module, units: Mapping[int, float] | None, control: str | None = None
-) -> dict[int, tuple[Cut, float]]:
+    model: nn.Module, units: Mapping[Place, float] | None, control: str | None = None
+) -> dict[Place, tuple[Cut, float]]:
     """Return the cuts that a model decides by and their units, as `calibrate` takes them.
 
     Args:
         model: a routed model.
-        units: layer index -> one unit of `u` in logits, as its checkpoint has them; None where it has none.
+        units: place -> one unit of `u` in logits, as its checkpoint has them; None where it has none.
         control: the capacity control that it was trained with, where that is known.
 
     Raises:
@@ -293,5 +301,5 @@ def settled_cuts(
                 "it again"
             )
         logger.info("no `units` in its router file: taking 1 for all layers, as capacity_control %s has", control)
-        units = dict.fromkeys(settings.layers, 1.0)
+        units = dict.fromkeys(settings.places, 1.0)
     return {layer: (cut, units[layer]) for layer, cut in cuts.items()}

@@ -15,9 +15,10 @@ a derivative at the dense model cannot show. The loss expected over the draw has
 What is drawn follows from the row's own tokens, the layer, the token's place and the step, and from nothing else: the
 same rows train alike however they are cut into micro-batches and processes.
 
-**Price.** The loss is `L + lambda C`, with `C` the mean of `p` over all inputs of all routed layers, all processes and
-the whole accumulation window. At a minimum of `L` under `C = s` a common shift of all logits gains nothing, so
-`lambda = -(dL/dh) / (dC/dh)`, both averaged over the past steps. It replaces a weight to be searched for.
+**Price.** The loss is `L + lambda C`, with `C` the mean of `p` over all inputs of all routers, all processes and the
+whole accumulation window; where attention and MLP are routed apart, inputs count by what skipping them saves. At a
+minimum of `L` under `C = s` a common shift of all logits gains nothing, so `lambda = -(dL/dh) / (dC/dh)`, both averaged
+over the past steps. It replaces a weight to be searched for.
 
 **Shift.** An integral controller holds the capacity: `h <- h + g (C - s_t)` after each step. `s_t` falls linearly from
 1 to the target `s` over the first share of the steps.
@@ -41,6 +42,7 @@ import torch
 from torch import nn
 
 from utils.model.checkpoint import whole_parameters
+from utils.model.configuration_mod import BRANCHES, Place, layer_of
 from utils.model.routing_mod import Decision, MoDRouter
 
 START = 0.95
@@ -61,11 +63,11 @@ class BudgetControl:
     """Draws the gates of training and steers their capacity to a target.
 
     Args:
-        routers: layer index -> router, ascending.
+        routers: layer index, or another `Place`, -> router, in the order of the settings' `places`.
         target: capacity to reach, in [0, 1].
     """
 
-    def __init__(self, routers: Mapping[int, MoDRouter], target: float):
+    def __init__(self, routers: Mapping[Place, MoDRouter], target: float):
         self.routers = dict(routers)
         self.target = target
         self.places = {layer: place for place, layer in enumerate(self.routers)}
@@ -74,9 +76,9 @@ class BudgetControl:
     @torch.no_grad()
     def begin(
         self,
-        moments: Mapping[int, "RouterMoments"],
+        moments: Mapping[Place, "RouterMoments"],
         threshold_of: Callable,
-        margins: Mapping[int, float] | None = None,
+        margins: Mapping[Place, float] | None = None,
     ) -> None:
         """Start from the routers and thresholds as they are; routers at zero start by keeping nearly everything.
 
@@ -115,15 +117,15 @@ class BudgetControl:
         self.probes = [zero.clone().requires_grad_(True) for _ in range(2)]  # h as the loss sees it, and as C does
         self.capacity = zero.clone()
 
-    def centred(self, layer: int, inputs: torch.Tensor) -> torch.Tensor:
+    def centred(self, layer: Place, inputs: torch.Tensor) -> torch.Tensor:
         """Return `z` [...], of experts [..., num_experts], for the router's `inputs` [..., hidden_size] of a layer."""
         place, router = self.places[layer], self.routers[layer]
         return (router(inputs) - router(self.means[place])) / self.scales[place] + self.intercepts[place]
 
-    def settled_rule(self) -> Callable[[int, torch.Tensor], Decision]:
+    def settled_rule(self) -> Callable[[Place, torch.Tensor], Decision]:
         """Return the `gate_rule` by which the routers, as they are now, decide without drawing."""
 
-        def decide(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
+        def decide(layer: Place, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
             gates = (of_assigned(self.centred(layer, inputs), experts) >= self.shift).float()
             return Decision(gates, gates, experts)
 
@@ -134,7 +136,7 @@ class BudgetControl:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         counts: torch.Tensor | None = None,
-    ) -> Callable[[int, torch.Tensor], Decision]:
+    ) -> Callable[[Place, torch.Tensor], Decision]:
         """Return the `gate_rule` of a micro-batch.
 
         Its decisions hold `scores`, the probabilities `p`, whose mean is `C`, and `gates`, 0 or 1, with the gradient of
@@ -147,7 +149,7 @@ class BudgetControl:
         """
         keys = row_keys(input_ids, attention_mask)
 
-        def draw(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
+        def draw(layer: Place, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
             z = of_assigned(self.centred(layer, inputs), experts) - self.shift
             scores = torch.sigmoid(z - self.probes[1])
             z = z - self.probes[0]
@@ -200,7 +202,7 @@ class BudgetControl:
         return 1.0 - (1.0 - self.target) * min(1.0, progress / DESCENT)
 
     @torch.no_grad()
-    def cuts(self) -> dict[int, tuple[float | list[float], float]]:
+    def cuts(self) -> dict[Place, tuple[float | list[float], float]]:
         """Return layer index -> the router's logit from which an input is kept, and the logits in one unit of `z`.
 
         Where experts are routed, the former is a list with one for each.
@@ -246,17 +248,17 @@ class RouterMoments:
 
 
 @torch.no_grad()
-def router_moments(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[int, RouterMoments]:
+def router_moments(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[Place, RouterMoments]:
     """Measure what the routers read where everything is kept.
 
     Args:
         model: a routed model.
         batches: `input_ids`, `attention_mask` and, if not all tokens decide, `token_mask`.
     """
-    seen: dict[int, list[torch.Tensor]] = {layer: [] for layer in model.router_modules()}
+    seen: dict[Place, list[torch.Tensor]] = {layer: [] for layer in model.router_modules()}
     mask = None
 
-    def keep(layer: int, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
+    def keep(layer: Place, inputs: torch.Tensor, experts: torch.Tensor | None = None) -> Decision:
         values = inputs.float()[mask] if inputs.dim() == 3 else inputs.float()  # [inputs, hidden_size]
         count = torch.full_like(values[0], len(values))
         seen[layer].append(torch.stack([count, values.sum(dim=0), (values**2).sum(dim=0)]))
@@ -292,21 +294,22 @@ def of_assigned(logits: torch.Tensor, experts: torch.Tensor | None) -> torch.Ten
 
 
 def uniform(
-    keys: torch.Tensor, step: int, layer: int, tokens: int | None, experts: torch.Tensor | None = None
+    keys: torch.Tensor, step: int, layer: Place, tokens: int | None, experts: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return numbers spread evenly over [0, 1], float32, the same for the same arguments.
 
     Args:
         keys: of the rows, as `row_keys` returns.
         step: of the training.
-        layer: index of the layer.
+        layer: index of the layer, or another place of a router.
         tokens: number of tokens, counted from the row's first place; None for one number for each row.
         experts: int64 [batch, tokens, top_k]; one number for each of them.
 
     Returns:
         [batch], [batch, tokens] or [batch, tokens, top_k].
     """
-    keys = _mix(keys + 0x85EBCA6B * (step + 1) + 0xC2B2AE35 * (layer + 1))
+    number = layer_of(layer) + 1 + (0 if isinstance(layer, int) else 1_000_000 * (1 + BRANCHES.index(layer[1])))
+    keys = _mix(keys + 0x85EBCA6B * (step + 1) + 0xC2B2AE35 * number)
     if tokens is not None:
         keys = _mix(keys[:, None] + 0x27D4EB2F * torch.arange(1, tokens + 1, device=keys.device))
     if experts is not None:

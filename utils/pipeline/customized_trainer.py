@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 
 from utils.io.errors import UserError
 from utils.model.checkpoint import change_settings, router_name, set_thresholds, whole_parameters
+from utils.model.configuration_mod import Place
+from utils.model.costs import capacity_weights
 
 from .answers import answered, prompt_share, short_prompts
 from .batches import IGNORE_INDEX, SupervisedBatches, deciding_tokens
@@ -22,7 +24,7 @@ from .calibration import calibrate_table, cuts_of, fold_table, pack_capacities
 from .capacity_control import BudgetControl, router_moments
 from .distillation import DenseTeacher, distillation_loss, distilled_nll
 from .importance import starting_margins
-from .losses import capacity_hinge, executed_inputs, next_token_nll
+from .losses import capacity_hinge, executed_inputs, next_token_nll, over_routers
 from .metrics import RoutingMeter
 from .processes import Termination
 from .regression_control import RegressionControl
@@ -73,13 +75,17 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             raise UserError("FSDP is not supported; DeepSpeed is (configs/accelerate)")
         self.termination = Termination()
         self.add_callback(self.termination)
-        layers = self.model.config.mod_settings.layers
-        self.units = dict.fromkeys(layers, 1.0)  # of the routers' logits, for later shifts of all thresholds
+        settings = self.model.config.mod_settings
+        self.units = dict.fromkeys(settings.places, 1.0)  # of the routers' logits, for later shifts of all thresholds
         self._calibration: Sequence[Any] = ()
         self._ends: Collection[int] = ()
         self._is_answered = False
         self._weights_of_parts = 1.0, 1.0  # of prompts and of answers
-        self._meters = {mode: RoutingMeter(layers, self.args.device) for mode in ("train", "eval")}
+        weights = capacity_weights(self.model.config.to_dict(), settings)
+        self._meters = {mode: RoutingMeter(weights, self.args.device) for mode in ("train", "eval")}
+        self._of_routers = None  # what their inputs count in a capacity, float32 [routers]; None for all alike
+        if len(settings.branches) > 1:
+            self._of_routers = torch.tensor(list(weights.values()), device=self.args.device)
         self._window_sequences: float | torch.Tensor = 0.0
         self._window_inputs = self._window_tokens = torch.ones(())  # of all processes
         self._route = True
@@ -92,7 +98,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
                 self._check_one_epoch()
             routers, target = self.model.router_modules(), self.args.target_capacity
             if self.args.capacity_control == "regression":
-                self.capacity_control = RegressionControl(routers, target)
+                self.capacity_control = RegressionControl(routers, target, weights)
             else:
                 self.capacity_control = BudgetControl(routers, target)
         self.add_callback(_ControlSteps(self))
@@ -177,7 +183,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         executed, sizes = executed_inputs(outputs.router_gates, mask)
         if "real" in inputs:
             executed, sizes = executed * inputs["real"], sizes * inputs["real"]
-        hinge = capacity_hinge(executed, sizes, self.args.target_capacity, self.args.capacity_scope)
+        hinge = capacity_hinge(executed, sizes, self.args.target_capacity, self.args.capacity_scope, self._of_routers)
         if isinstance(self.capacity_control, RegressionControl):  # its gates are no decisions
             self._meters["train"].add(nll, (targets != IGNORE_INDEX).sum(), divergence=divergence)
         else:
@@ -190,7 +196,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         else:
             kept, _ = executed_inputs(outputs.router_scores, self._weights(inputs))
             kept = kept if real is None else kept * real
-            share = kept.mean(dim=0).sum() * processes / self._window_inputs
+            share = over_routers(kept, self._of_routers).sum() * processes / self._window_inputs
             loss = loss + self.capacity_control.loss(share.float())
         return (loss, outputs) if return_outputs else loss
 
@@ -344,13 +350,13 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             capacities=pack_capacities(table) if len(calibration_rows) else None,
         )
 
-    def router_weights(self) -> dict[int, torch.Tensor]:
-        """Return layer index -> float32 router weight on the CPU; every process must call it."""
+    def router_weights(self) -> dict[Place, torch.Tensor]:
+        """Return place -> float32 router weight on the CPU; every process must call it."""
         weights = self.router_state()
         return {layer: weights[router_name(layer)] for layer in self.model.router_modules()}
 
-    def set_routers(self, weights: dict[int, torch.Tensor]) -> None:
-        """Give the routers other weights, layer index -> weight; every process must call it."""
+    def set_routers(self, weights: dict[Place, torch.Tensor]) -> None:
+        """Give the routers other weights, place -> weight; every process must call it."""
         for layer, router in self.model.router_modules().items():
             self.set_parameter(router.weight, weights[layer])
 
@@ -369,7 +375,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if self._route:
             executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))
             executed, sizes = executed[:, real], sizes[real]
-            hinge = capacity_hinge(executed, sizes, self.args.target_capacity)
+            hinge = capacity_hinge(executed, sizes, self.args.target_capacity, weights=self._of_routers)
             self._meters["eval"].add(nll, tokens, hinge, executed, sizes)
         else:
             self._meters["eval"].add(nll, tokens)

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.model.configuration_mod import Place, place_name
+from utils.model.costs import capacity_of, capacity_weights
+
 from .losses import executed_inputs
 
 logger = logging.getLogger(__name__)
@@ -28,16 +31,20 @@ def held_out_results(model: nn.Module, batches: Sequence[Batch]) -> dict[str, An
     """
     dense, _ = loss_and_capacity(model, batches, route=False)
     loss, shares = loss_and_capacity(model, batches)
-    capacity, rows = sum(shares.values()) / len(shares), sum(len(batch["labels"]) for batch in batches)
+    config, settings = model.config.to_dict(), model.config.mod_settings
+    capacity = capacity_of(shares, capacity_weights(config, settings))
+    rows = sum(len(batch["labels"]) for batch in batches)
     logger.info("held-out loss %.4f (dense %.4f), capacity %.4f, on %d rows", loss, dense, capacity, rows)
     routed = {"eval_loss": loss, "eval_capacity": capacity}
-    routed |= {f"eval_capacity/layer_{layer}": share for layer, share in shares.items()}
+    routed |= {f"eval_capacity/layer_{place_name(place)}": share for place, share in shares.items()}
     return {"dense": {"dense_loss": dense}, "routed": routed, "rows": rows}
 
 
 @torch.no_grad()
-def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = True) -> tuple[float, dict[int, float]]:
-    """Return the mean loss over supervised tokens and layer -> share of inputs executed, as the model decides itself.
+def loss_and_capacity(
+    model: nn.Module, batches: Iterable[Batch], route: bool = True
+) -> tuple[float, dict[Place, float]]:
+    """Return the mean loss over supervised tokens and place -> share of inputs executed, as the model decides itself.
 
     Args:
         model: a routed model, in evaluation mode.
@@ -45,7 +52,7 @@ def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = 
         route: False runs the dense base, of which there are no shares.
     """
     total = tokens = inputs = 0.0
-    ran = torch.zeros(len(model.config.mod_settings.layers))
+    ran = torch.zeros(len(model.config.mod_settings.places))
     for batch in batches:
         count = float((batch["labels"][:, 1:] != -100).sum())
         output = model(**batch, use_cache=False, route=route)
@@ -55,4 +62,4 @@ def loss_and_capacity(model: nn.Module, batches: Iterable[Batch], route: bool = 
             ran, inputs = ran + executed.sum(dim=1).cpu(), inputs + float(sizes.sum())
     if not route:
         return total / tokens, {}
-    return total / tokens, dict(zip(model.config.mod_settings.layers, (ran / inputs).tolist(), strict=True))
+    return total / tokens, dict(zip(model.config.mod_settings.places, (ran / inputs).tolist(), strict=True))

@@ -12,24 +12,25 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from utils.model.configuration_mod import Place, layer_of
 from utils.model.routing_mod import Decision
 
 from .held_out import Batch
 
 
 @torch.no_grad()
-def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, float]:
-    """Return layer index -> mean cosine between the residual stream before and after the routed branch, over tokens.
+def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[Place, float]:
+    """Return place -> mean cosine between the residual stream before and after what is routed there, over tokens.
 
     Args:
         model: a routed model, in evaluation mode; it runs densely.
         batches: text.
     """
-    sums = dict.fromkeys(model.config.mod_settings.layers, 0.0)
+    sums = dict.fromkeys(model.config.mod_settings.places, 0.0)
     mask, tokens = None, 0
 
-    def add(layer: int, cosines: torch.Tensor) -> None:
-        sums[layer] += float(cosines[mask].sum())
+    def add(place: Place, cosines: torch.Tensor) -> None:
+        sums[place] += float(cosines[mask].sum())
 
     with watching_similarity(model, add):
         for batch in batches:
@@ -41,35 +42,35 @@ def branch_similarity(model: nn.Module, batches: Iterable[Batch]) -> dict[int, f
 
 
 @contextmanager
-def watching_similarity(model: nn.Module, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Call `see` in each forward and routed layer with the cosine between the residual stream before and after.
+def watching_similarity(model: nn.Module, see: Callable[[Place, torch.Tensor], None]) -> Iterator[None]:
+    """Call `see` in each forward for each router with the cosine between the residual stream before and after.
 
     Args:
         model: a routed model; its forwards are dense, and keep everything.
-        see: takes the layer's index and the cosines, float32 [batch, tokens].
+        see: takes the router's place and the cosines, float32 [batch, tokens].
     """
     settings, layers = model.config.mod_settings, model.get_decoder().layers
-    before: dict[int, torch.Tensor] = {}
+    before: dict[Place, torch.Tensor] = {}
 
-    def watch(layer: int) -> list:
-        block = layers[layer]
+    def watch(place: Place) -> list:
+        block, branch = layers[layer_of(place)], settings.branch_of(place)
 
         def enter(module, args, kwargs):
-            before[layer] = args[0] if args else kwargs["hidden_states"]
+            before[place] = args[0] if args else kwargs["hidden_states"]
 
         def leave(module, args, kwargs, output):
             output = output[0] if isinstance(output, tuple) else output
-            after = output if settings.target == "block" else before[layer] + output
-            see(layer, nn.functional.cosine_similarity(before[layer].float(), after.float(), dim=-1))
+            after = output if branch == "block" else before[place] + output
+            see(place, nn.functional.cosine_similarity(before[place].float(), after.float(), dim=-1))
 
-        start = {"attn": block, "block": block, "mlp": block.post_attention_layernorm}[settings.target]
-        end = {"attn": block.self_attn, "block": block, "mlp": block.mlp}[settings.target]
+        start = {"attn": block, "block": block, "mlp": block.post_attention_layernorm}[branch]
+        end = {"attn": block.self_attn, "block": block, "mlp": block.mlp}[branch]
         return [
             start.register_forward_pre_hook(enter, with_kwargs=True),
             end.register_forward_hook(leave, with_kwargs=True),
         ]
 
-    hooks = [hook for layer in settings.layers for hook in watch(layer)]
+    hooks = [hook for place in settings.places for hook in watch(place)]
     try:
         yield
     finally:
@@ -77,10 +78,10 @@ def watching_similarity(model: nn.Module, see: Callable[[int, torch.Tensor], Non
             hook.remove()
 
 
-def starting_margins(model: nn.Module, batches: Iterable[Batch]) -> dict[int, float]:
-    """Return layer index -> how far above the others its routers start, in logits, mean 0 and standard deviation 1.
+def starting_margins(model: nn.Module, batches: Iterable[Batch]) -> dict[Place, float]:
+    """Return place -> how far above the others a router starts, in logits, mean 0 and standard deviation 1.
 
-    The more a layer's branch changes the residual stream (1 less `branch_similarity`), the higher.
+    The more its branch changes the residual stream (1 less `branch_similarity`), the higher.
 
     Args:
         model: a routed model; it runs densely.

@@ -74,12 +74,12 @@ def executed_inputs(gates: torch.Tensor, attention_mask: torch.Tensor | None) ->
     """Count what each sequence executes in each layer.
 
     Args:
-        gates: float32 [layers, batch] (one decision for a sequence), [layers, batch, tokens] or, for a token's
-            assignments to experts, [layers, batch, tokens, top_k]; each assignment is an input.
+        gates: float32 [routers, batch] (one decision for a sequence), [routers, batch, tokens] or, for a token's
+            assignments to experts, [routers, batch, tokens, top_k]; each assignment is an input.
         attention_mask: [batch, tokens], 1 for real tokens, or None; padding is no input.
 
     Returns:
-        Executed inputs, float32 [layers, batch], and inputs, float32 [batch]; both carry the gates' gradient.
+        Executed inputs, float32 [routers, batch], and inputs, float32 [batch]; both carry the gates' gradient.
     """
     if gates.dim() == 2:
         return gates, torch.ones_like(gates[0])
@@ -92,20 +92,31 @@ def executed_inputs(gates: torch.Tensor, attention_mask: torch.Tensor | None) ->
     return (gates * mask).sum(dim=-1), each * mask.sum(dim=-1)
 
 
+def over_routers(executed: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean of `executed` [routers, batch] over all routers, weighed by `weights` [routers] of sum 1."""
+    return executed.mean(dim=0) if weights is None else weights.to(executed) @ executed
+
+
 def capacity_hinge(
-    executed: torch.Tensor, inputs: torch.Tensor, target_capacity: float, scope: str = "global"
+    executed: torch.Tensor,
+    inputs: torch.Tensor,
+    target_capacity: float,
+    scope: str = "global",
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return each sequence's share of `L_MoD`, float32 [batch] (Eq. 10); their mean is `L_MoD`.
 
     Args:
-        executed: float32 [layers, batch], as `executed_inputs` returns.
+        executed: float32 [routers, batch], as `executed_inputs` returns.
         inputs: float32 [batch].
         target_capacity: share of inputs in [0, 1] below which nothing is pushed further.
         scope: `global`: `ReLU(capacity - target)` of each sequence over all layers. `layer`, as published: of each
             layer over all inputs of the micro-batch, averaged over the layers; the same for each sequence.
+        weights: float32 [routers], what inputs count in a capacity, sum 1; None for all alike. Not for `layer`, where
+            each router has its own.
     """
     if scope == "layer":
         capacity = executed.sum(dim=1) / inputs.sum().clamp(min=1.0)  # [layers]
         return torch.relu(capacity - target_capacity).mean().expand(len(inputs))
-    capacity = executed.mean(dim=0) / inputs.clamp(min=1.0)  # [batch]
+    capacity = over_routers(executed, weights) / inputs.clamp(min=1.0)  # [batch]
     return torch.relu(capacity - target_capacity)

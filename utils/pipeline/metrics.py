@@ -1,24 +1,27 @@
 """Sums that a run collects on the device, and reads on the host only when it logs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+
+from utils.model.configuration_mod import Place, place_name
+from utils.model.costs import capacity_of
 
 
 class RoutingMeter:
     """Collects loss and capacity over micro-batches; exact means whatever their sizes.
 
     Args:
-        layers: indices of the routed layers.
+        weights: place of a router -> what its inputs count in a capacity, of `capacity_weights`.
         device: where the sums live.
     """
 
-    def __init__(self, layers: tuple[int, ...], device: torch.device):
-        self.layers = layers
+    def __init__(self, weights: Mapping[Place, float], device: torch.device):
+        self.weights = weights
         # negative log-likelihood, supervised tokens, divergence from the dense model, hinge, sequences, inputs,
-        # executed inputs of each layer
+        # executed inputs of each router
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self._sums = torch.zeros(6 + len(layers), device=device, dtype=dtype)
+        self._sums = torch.zeros(6 + len(weights), device=device, dtype=dtype)
 
     def add(
         self,
@@ -35,7 +38,7 @@ class RoutingMeter:
             nll: float [], sum of the negative log-likelihood over the supervised tokens.
             tokens: [], number of supervised tokens.
             divergence: float [], sum of the KL to the dense model over the supervised tokens, where it was measured.
-            hinge: float [batch], executed: float [layers, batch], inputs: float [batch], 0 for a row that doesn't
+            hinge: float [batch], executed: float [routers, batch], inputs: float [batch], 0 for a row that doesn't
                 count; all None where nothing is routed.
         """
         with torch.no_grad():
@@ -64,6 +67,7 @@ class RoutingMeter:
                 means["distillation_loss"] = divergence / tokens
         if inputs:
             means["mod_loss"] = hinge / sequences
-            means["capacity"] = sum(executed) / (inputs * len(self.layers))
-            means |= {f"capacity/layer_{i}": n / inputs for i, n in zip(self.layers, executed, strict=True)}
+            shares = {place: kept / inputs for place, kept in zip(self.weights, executed, strict=True)}
+            means["capacity"] = capacity_of(shares, self.weights)
+            means |= {f"capacity/layer_{place_name(place)}": share for place, share in shares.items()}
         return means

@@ -10,9 +10,10 @@ choices of layers. The cost can be measured instead. With the gates of all layer
 slope. A ridge regression of `D` on what the router reads, its strength chosen by the error on left-out rows in closed
 form, gives `D ~ W x + c`. What a router is to predict is the cost relative to what the row's layers cost on average: in
 absolute numbers short prompts, with long answers, would execute more, and what is executed would follow from a prompt's
-length. An input is executed where the predicted cost is at least a price, the same for all layers,
-`W x + c >= price`, so the layer's cut is `price - c`; the calibration finds the price at which the target share of
-inputs is executed.
+length. An input is executed where the predicted cost is at least a price, the same for all routers, times what skipping
+it saves, `W x + c >= s price`, so the router's cut is `s price - c`; the calibration finds the price at which the
+target share of inputs is executed. Where attention and MLP are routed apart, `s` is what an input counts in the
+capacity, relative to the mean of all routers; elsewhere it is 1.
 
 Every row is measured once: the error on left-out rows would be too small where the same row is there twice. Nothing is
 drawn and no learning rate matters; the routers stay at zero until the end of training.
@@ -24,7 +25,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from utils.model.configuration_mod import Place
 from utils.model.routing_mod import Decision, MoDRouter
+
+from .calibration import weighted_quantile
 
 GATE = 0.7
 """Value `a` of all gates while costs are measured."""
@@ -36,36 +40,38 @@ class RegressionControl:
     """Measures costs in training, and turns them into routers at its end.
 
     Args:
-        routers: layer index -> router, ascending.
+        routers: place -> router, in the order of the settings' `places`.
         target: capacity to reach, in [0, 1].
+        weights: place -> what its inputs count in a capacity, of `capacity_weights`; None for all alike.
     """
 
-    def __init__(self, routers: Mapping[int, MoDRouter], target: float):
+    def __init__(self, routers: Mapping[Place, MoDRouter], target: float, weights: Mapping[Place, float] | None = None):
         self.routers = dict(routers)
         self.target = target
+        self.savings = {place: len(routers) * weights[place] if weights else 1.0 for place in routers}  # mean 1
         self.rows: list[torch.Tensor] = []  # each [rows, layers, hidden_size + 1]: router inputs and the cost
-        self._window: list[tuple[torch.Tensor, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = []
+        self._window: list[tuple[torch.Tensor, dict[Place, tuple[torch.Tensor, torch.Tensor]]]] = []
 
     def rule(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         counts: torch.Tensor | None = None,
-    ) -> Callable[[int, torch.Tensor], Decision]:
+    ) -> Callable[[Place, torch.Tensor], Decision]:
         """Return the `gate_rule` of a micro-batch: gates of `GATE` whose gradient is kept.
 
         Args:
             input_ids, attention_mask: int64 [batch, tokens].
             counts: bool [batch], False for rows that are there for the second time; None for all True.
         """
-        measured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        measured: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         counts = input_ids.new_ones(len(input_ids)) if counts is None else counts
         self._window.append((counts, measured))
 
-        def measure(layer: int, inputs: torch.Tensor) -> Decision:
+        def measure(place: Place, inputs: torch.Tensor) -> Decision:
             gates = torch.full(inputs.shape[:-1], GATE, device=inputs.device, requires_grad=True)
-            measured.setdefault(layer, (inputs.detach(), gates))  # activation checkpointing comes here twice
-            scores = 0.0 * self.routers[layer](inputs)  # every router has a part in every step, on every process
+            measured.setdefault(place, (inputs.detach(), gates))  # activation checkpointing comes here twice
+            scores = 0.0 * self.routers[place](inputs)  # every router has a part in every step, on every process
             return Decision(scores + GATE, gates + scores)
 
         return measure
@@ -92,8 +98,8 @@ class RegressionControl:
         rows, there = (accelerator.gather(accelerator.pad_across_processes(values)) for values in parts)
         self.rows.append(rows[there > 0].cpu())
 
-    def solve(self, progress: bool = False) -> tuple[dict[int, torch.Tensor], dict[int, tuple[float, float]]]:
-        """Return layer index -> router weight, float32 [1, hidden_size], layer index -> cut and its unit.
+    def solve(self, progress: bool = False) -> tuple[dict[Place, torch.Tensor], dict[Place, tuple[float, float]]]:
+        """Return place -> router weight, float32 [1, hidden_size], place -> cut and its unit.
 
         Args:
             progress: show a bar.
@@ -101,12 +107,16 @@ class RegressionControl:
         rows = torch.cat(self.rows).double()
         costs = rows[:, :, -1]  # [rows, layers]
         costs /= costs.abs().mean(dim=1, keepdim=True).clamp(min=1e-12)
-        places = tqdm(range(len(self.routers)), desc="fitting routers", unit="layer", disable=not progress)
-        fits = [ridge(rows[:, place, :-1], rows[:, place, -1]) for place in places]
-        left_out = torch.cat([predictions for *_, predictions in fits])
-        price = float(left_out.quantile(1 - self.target))
-        weights = {layer: fit[0].float()[None] for layer, fit in zip(self.routers, fits, strict=True)}
-        cuts = {layer: (price - fit[1], 1.0) for layer, fit in zip(self.routers, fits, strict=True)}
+        numbers = tqdm(range(len(self.routers)), desc="fitting routers", unit="router", disable=not progress)
+        fits = [ridge(rows[:, number, :-1], rows[:, number, -1]) for number in numbers]
+        saved = list(self.savings.values())
+        left_out = torch.cat([predictions / unit for (*_, predictions), unit in zip(fits, saved, strict=True)])
+        counts = torch.tensor(saved, dtype=left_out.dtype).repeat_interleave(len(rows))
+        price = weighted_quantile(left_out, 1 - self.target, counts)
+        weights = {place: fit[0].float()[None] for place, fit in zip(self.routers, fits, strict=True)}
+        cuts = {
+            place: (unit * price - fit[1], unit) for (place, unit), fit in zip(self.savings.items(), fits, strict=True)
+        }
         return weights, cuts
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class StepBenchmark:
         self.model = model.train()
         self.device = next(model.parameters()).device
         self.batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        self.first = min(model.router_modules())
+        self.first = model.config.mod_settings.layers[0]
         self.steps: dict[str, Callable[[], Any]] = {
             "ours": self.ours,
             "default_recipe": self.default_recipe,

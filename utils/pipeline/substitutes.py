@@ -20,6 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from utils.io.errors import UserError
+from utils.model.configuration_mod import MoDSettings, Place, layer_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,10 @@ RANK_SHARE = {"attn": 12, "mlp": 9, "block": 8, "expert": 9}
 """What is gated -> hidden size over default rank, by which a substitute computes a few percent of its branch."""
 
 
-def default_rank(hidden_size: int, target: str) -> int:
-    """Return the rank of the substitutes where none was asked for."""
-    return max(1, hidden_size // RANK_SHARE[target])
+def default_rank(hidden_size: int, settings: MoDSettings) -> int | list[int]:
+    """Return the rank of the substitutes where none was asked for, one for each router where a layer has two."""
+    ranks = [max(1, hidden_size // RANK_SHARE[settings.branch_of(place)]) for place in settings.places]
+    return ranks if len(settings.branches) > 1 else ranks[0]
 
 
 def check_enough(lengths: Iterable[int], hidden_size: int) -> None:
@@ -61,7 +63,7 @@ def rows_to_fit(lengths: Iterable[int], hidden_size: int) -> int:
 @torch.no_grad()
 def fit(
     model: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], progress: bool = False
-) -> dict[int, dict[str, torch.Tensor]]:
+) -> dict[Place, dict[str, torch.Tensor]]:
     """Return the substitutes that fit the branches of the dense model best, and log how well they do.
 
     Args:
@@ -70,7 +72,7 @@ def fit(
         progress: show bars.
 
     Returns:
-        Layer index -> parameter of `MoDSubstitute` -> float32 tensor.
+        Place -> parameter of `MoDSubstitute` -> float32 tensor.
     """
     settings, training = model.config.mod_settings, model.training
     model.eval()
@@ -80,7 +82,7 @@ def fit(
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             model(**inputs, route=False, use_cache=False, logits_to_keep=1)
     model.train(training)
-    ranks = {layer: settings.substitute_rank(layer) for layer in settings.layers}
+    ranks = {place: settings.substitute_rank(place) for place in settings.places}
     fitted, left = solve_all(branches.moments, ranks, progress)
     logger.info(
         "substitutes fitted on %d rows; share of each branch's variance that they leave: %s",
@@ -142,9 +144,9 @@ class BranchMoments:
         self.settings = model.config.mod_settings
         routers = model.router_modules()
         size = model.config.hidden_size
-        self.moments = {layer: Moments.zero(size, router.weight.device) for layer, router in routers.items()}
+        self.moments = {place: Moments.zero(size, router.weight.device) for place, router in routers.items()}
         self._mask: torch.Tensor | None = None  # bool [batch * tokens], of the batch that is running
-        self._attended: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._attended: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles: list[Any] = []
 
     def following(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
@@ -154,16 +156,16 @@ class BranchMoments:
             yield batch
 
     def __enter__(self) -> "BranchMoments":
-        layers, target = self.model.get_decoder().layers, self.settings.target
-        for index in self.settings.layers:
-            if target == "expert":
-                self._handles.append(layers[index].mlp.experts.register_forward_hook(self._of_experts(index)))
+        for place in self.settings.places:
+            layer, branch = self.model.get_decoder().layers[layer_of(place)], self.settings.branch_of(place)
+            if branch == "expert":
+                self._handles.append(layer.mlp.experts.register_forward_hook(self._of_experts(place)))
                 continue
-            if target != "mlp":
-                hook = self._of_attention(index)
-                self._handles.append(layers[index].self_attn.register_forward_hook(hook, with_kwargs=True))
-            if target != "attn":
-                self._handles.append(layers[index].mlp.register_forward_hook(self._of_mlp(index)))
+            if branch != "mlp":
+                hook = self._of_attention(place, branch)
+                self._handles.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
+            if branch != "attn":
+                self._handles.append(layer.mlp.register_forward_hook(self._of_mlp(place, branch)))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -171,36 +173,36 @@ class BranchMoments:
             handle.remove()
         self._handles.clear()
 
-    def _add(self, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+    def _add(self, place: Place, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         inputs, outputs = (values.detach().flatten(0, 1)[self._mask] for values in (inputs, outputs))
-        self.moments[layer].add(inputs, outputs)
+        self.moments[place].add(inputs, outputs)
 
-    def _of_attention(self, layer: int):
+    def _of_attention(self, place: Place, branch: str):
         def hook(module, args, kwargs, output):
             seen = kwargs["hidden_states"], output[0]
-            if self.settings.target == "attn":
-                self._add(layer, *seen)
+            if branch == "attn":
+                self._add(place, *seen)
             else:
-                self._attended[layer] = seen
+                self._attended[place] = seen
 
         return hook
 
-    def _of_mlp(self, layer: int):
+    def _of_mlp(self, place: Place, branch: str):
         def hook(module, args, output):
-            if self.settings.target == "mlp":
-                self._add(layer, args[0], output)
+            if branch == "mlp":
+                self._add(place, args[0], output)
             else:  # a block's input is that of its attention, its output the sum of both branches
-                inputs, attention = self._attended.pop(layer)
-                self._add(layer, inputs, attention + output)
+                inputs, attention = self._attended.pop(place)
+                self._add(place, inputs, attention + output)
 
         return hook
 
-    def _of_experts(self, layer: int):
+    def _of_experts(self, place: Place):
         def hook(module, args, output):
             tokens, _, weights = args
             tokens, output, total = (values.detach()[self._mask] for values in (tokens, output, weights.sum(dim=-1)))
             total = total.float().clamp(min=1e-6)
-            self.moments[layer].add(tokens, output / total[:, None], total**2)
+            self.moments[place].add(tokens, output / total[:, None], total**2)
 
         return hook
 
@@ -233,16 +235,16 @@ def solve(moments: Moments, rank: int) -> tuple[dict[str, torch.Tensor], float]:
 
 
 def solve_all(
-    moments: Mapping[int, Moments], ranks: Mapping[int, int], progress: bool = False
-) -> tuple[dict[int, dict[str, torch.Tensor]], dict[int, float]]:
-    """Return `solve`'s of each layer: layer index -> parameters, and layer index -> share of variance left.
+    moments: Mapping[Place, Moments], ranks: Mapping[Place, int], progress: bool = False
+) -> tuple[dict[Place, dict[str, torch.Tensor]], dict[Place, float]]:
+    """Return `solve`'s of each router: place -> parameters, and place -> share of variance left.
 
     Args:
-        moments: layer index -> moments.
-        ranks: layer index -> rank.
+        moments: place -> moments.
+        ranks: place -> rank.
         progress: show a bar.
     """
     parameters, left = {}, {}
-    for layer in tqdm(moments, desc="fitting substitutes", unit="layer", disable=not progress):
-        parameters[layer], left[layer] = solve(moments[layer], ranks[layer])
+    for place in tqdm(moments, desc="fitting substitutes", unit="branch", disable=not progress):
+        parameters[place], left[place] = solve(moments[place], ranks[place])
     return parameters, left
