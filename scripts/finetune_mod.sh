@@ -28,6 +28,9 @@ ROUTER_ONLY="${ROUTER_ONLY:-true}"
 
 # What is routed, and how much of it is executed; empty: as the checkpoint says
 MOD_N="${MOD_N:-}"
+TARGET_SKIPPED="${TARGET_SKIPPED:-}" # instead of TARGET_CAPACITY: share of the layers' parameters to skip for a token
+[[ -z "$TARGET_SKIPPED" || -z "${TARGET_CAPACITY:-}" ]] ||
+  die "TARGET_CAPACITY=$TARGET_CAPACITY and TARGET_SKIPPED=$TARGET_SKIPPED: both say how much to skip; set one of the two"
 if [[ "$RECIPE" == paper ]]; then
   TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
   if [[ "$FOLDER_NAME" == smollm2-135m-mod ]]; then GRANULARITY="${GRANULARITY:-attn_sequence}"; fi
@@ -48,7 +51,7 @@ NUM_MACHINES="${NUM_MACHINES:-1}"
 MACHINE_RANK="${MACHINE_RANK:-0}"
 MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-}"
 PORT="${PORT:-0}" # 0: any free one; several machines need the same one
-GRANULARITIES=(attn_sequence attn_token mlp_sequence mlp_token block_sequence block_token expert_token)
+GRANULARITIES=(attn_sequence attn_token mlp_sequence mlp_token block_sequence block_token attn_mlp_sequence attn_mlp_token expert_token)
 
 # A wrong value is told now, before anything is installed or loaded. What depends on the model is told by finetune_mod.py.
 one_of() { # FIELD ALLOWED...: empty is allowed too
@@ -84,6 +87,7 @@ whole SEED 0 4294967295
 whole PORT 0 65535
 whole MACHINE_RANK 0 1000000
 number TARGET_CAPACITY "x <= 1" "a number from 0 to 1"
+number TARGET_SKIPPED "x > 0 && x < 1" "a number between 0 and 1"
 number NUM_EPOCHS "x > 0" "a number above 0"
 for field in GRADIENT_SCALE LEARNING_RATE WARMUP WEIGHT_DECAY; do
   number "$field" "x < 1e300" "a number that is not negative"
@@ -194,7 +198,6 @@ arguments+=(
   --max_train_samples "$MAX_TRAIN_SAMPLES"
   --max_seq_length "$MAX_SEQ_LENGTH"
   --router_only "$ROUTER_ONLY"
-  --target_capacity "$TARGET_CAPACITY"
   --recipe "$RECIPE"
   --num_train_epochs "$NUM_EPOCHS"
   --global_batch_size "$GLOBAL_BATCH_SIZE"
@@ -202,6 +205,11 @@ arguments+=(
   --seed "$SEED"
   --output_dir "$OUTPUT_DIR"
 )
+if [[ -n "$TARGET_SKIPPED" ]]; then
+  arguments+=(--target_skipped "$TARGET_SKIPPED")
+else
+  arguments+=(--target_capacity "$TARGET_CAPACITY")
+fi
 if [[ -n "$MOD_N" ]]; then arguments+=(--mod_n "$MOD_N"); fi
 if [[ -n "$GRANULARITY" ]]; then arguments+=(--granularity "$GRANULARITY"); fi
 if [[ -n "$GRADIENT_SCALE" ]]; then arguments+=(--gradient_scale "$GRADIENT_SCALE"); fi

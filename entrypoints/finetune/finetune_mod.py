@@ -52,12 +52,11 @@ def main() -> int | None:
         raise UserError(
             f"{model_dir} holds a LoRA adapter: merge it first, with build_mod_checkpoint.py --merge_lora {model_dir}"
         )
-    settings = make_settings(
-        config, model_args.mod_n, model_args.granularity, target_capacity=training_args.target_capacity
-    )
+    settings = make_settings(config, model_args.mod_n, model_args.granularity)
     pooling = training_args.sequence_pooling if settings.level == "sequence" else None
     settings = replace(settings, sequence_pooling=pooling)
     check_substitute(training_args, settings, config)
+    settings = choose_capacity(training_args, settings, config)
     training_args.suit_model(config["hidden_size"], settings.granularity)
     if model_args.router_dir and training_args.capacity_control == "regression":
         raise UserError(
@@ -111,6 +110,39 @@ def check_substitute(training_args, settings, config):
         raise UserError(
             f"the checkpoint holds substitutes of rank {held['rank']}: for others, or none, train from the dense base"
         )
+
+
+def planned_substitute(training_args, settings, hidden_size):
+    """Return the settings with the substitutes that are going to be fitted, where the checkpoint has none."""
+    from utils.pipeline.substitutes import default_rank
+
+    if training_args.substitute == "none" or settings.substitute is not None:
+        return settings
+    rank = training_args.substitute_rank or default_rank(hidden_size, settings)
+    return replace(settings, substitute={"kind": training_args.substitute, "rank": rank})
+
+
+def choose_capacity(training_args, settings, config):
+    """Return the settings with the target; of a share to be skipped, the capacity that comes to it."""
+    from utils.model.checkpoint import complete_config
+    from utils.model.costs import capacity_to_skip
+
+    if training_args.budget_length is not None:
+        if training_args.target_skipped is None and len(settings.branches) == 1:
+            raise UserError(
+                f"budget_length {training_args.budget_length} has no effect on {settings.granularity} without "
+                "target_skipped: leave it out, or give --target_skipped or a granularity attn_mlp_*"
+            )
+        settings = replace(settings, budget_length=training_args.budget_length)
+    if training_args.target_skipped is not None:
+        planned = planned_substitute(training_args, settings, config["hidden_size"])
+        try:
+            capacity = capacity_to_skip(complete_config(config, settings), planned, training_args.target_skipped)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        training_args.target_capacity = capacity
+        logging.info("target_skipped %g is a target_capacity of %g here", training_args.target_skipped, capacity)
+    return replace(settings, target_capacity=training_args.target_capacity)
 
 
 def prepare_data(data_args, training_args, tokenizer):
@@ -216,7 +248,6 @@ def prepare_model(model_args, training_args, model_dir, settings):
     )
     from utils.model.lora import add_lora
     from utils.pipeline.customized_trainer import freeze_backbone
-    from utils.pipeline.substitutes import default_rank
 
     dtype = model_args.dtype
     if dtype == "auto":
@@ -234,8 +265,7 @@ def prepare_model(model_args, training_args, model_dir, settings):
             "routers are at zero, or take --capacity_control budget"
         )
     if training_args.substitute != "none" and settings.substitute is None:
-        rank = training_args.substitute_rank or default_rank(model.config.hidden_size, settings)
-        add_substitutes(model, {"kind": training_args.substitute, "rank": rank})
+        add_substitutes(model, planned_substitute(training_args, settings, model.config.hidden_size).substitute)
     if model_args.router_dir:
         load_routers(model, model_args.router_dir)
         if model.substitute_modules() and (Path(model_args.router_dir) / SUBSTITUTES_FILE).is_file():

@@ -35,8 +35,8 @@ class CapacityMeter:
         """Return what was counted since the last reading, and start anew; None where nothing was.
 
         Returns:
-            `inputs`: how many were decided on in each layer; `capacity`: share of all that was executed; `skipped` and
-            `flops_saved`: the like in parameters and operations (`costs.budget`); `layers`: the share of each routed
+            `inputs`: how many were decided on in each layer; `capacity`: share of all that was executed; `skipped`,
+            `flops_saved_512` and the like: what that saves (`costs.budget`); `layers`: the share of each routed
             layer, by its index, or of each of its routers, by their names. Where experts are routed also `experts`: of
             each routed layer the tokens that each expert was `assigned`, and those that it `executed` (Figure 8).
         """

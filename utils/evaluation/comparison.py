@@ -19,17 +19,19 @@ Line = dict[str, Any]
 
 STATIC = ("cosine", "greedy")
 """Baselines that skip the same layers for every input: they are one curve for both levels of a granularity."""
+BESIDE = ("skipped_in_use", "flops_saved_512", "flops_saved_2048", "average")
+"""What else is put together of runs; `skipped` is that of the held-out rows."""
 NEAR = 0.05
 """Distance of a capacity from its target within which settings are compared by their loss alone."""
 
 
 def static_curve(lines: Iterable[Line], kind: str, granularity: str) -> list[tuple[float, float]]:
     """Return capacity and increase of the loss of a static baseline, by rising capacity, with the dense model last."""
-    target = granularity.split("_")[0]
+    target = granularity.rsplit("_", 1)[0]
     points = {
         (line["capacity"], line["loss_increase"])
         for line in lines
-        if line["kind"] == kind and line["granularity"].split("_")[0] == target
+        if line["kind"] == kind and line["granularity"].rsplit("_", 1)[0] == target
     }
     return sorted(points | {(1.0, 0.0)}) if points else []
 
@@ -55,7 +57,7 @@ def summarize(lines: Sequence[Line]) -> list[Line]:
     groups: dict[str, list[Line]] = {}
     for line in lines:
         shared = {name: line[name] for name in ("kind", "granularity", "target", "settings")}
-        numbers = {name: line.get(name) for name in ("capacity", "loss_increase", *FIGURES, "average")}
+        numbers = {name: line.get(name) for name in ("capacity", "loss_increase", *FIGURES, *BESIDE)}
         if line.get("average") is not None and line.get("average_dense") is not None:
             numbers["average_change"] = line["average"] - line["average_dense"]
         for kind in STATIC:
@@ -81,11 +83,15 @@ def summarize(lines: Sequence[Line]) -> list[Line]:
 
 COLUMNS = (
     ("capacity", "held-out capacity", "{:.3f}"),
+    ("skipped", "skipped", "{:.3f}"),
+    ("flops_saved_512", "FLOPs saved at 512", "{:.3f}"),
+    ("flops_saved_2048", "at 2048", "{:.3f}"),
     ("loss_increase", "loss above dense", "{:+.3f}"),
     ("of_cosine", "of cosine's", "{:.2f}"),
     ("of_greedy", "of greedy's", "{:.2f}"),
     ("agreement", "agreement", "{:.3f}"),
     ("executed", "executed in use", "{:.3f}"),
+    ("skipped_in_use", "skipped in use", "{:.3f}"),
     ("foreign", "foreign (nats)", "{:.2f}"),
     ("average", "average (%)", "{:.1f}"),
     ("average_change", "over dense", "{:+.1f}"),
@@ -124,7 +130,7 @@ def best_of(summaries: Sequence[Line]) -> list[Line]:
     best: dict[tuple[str, str, float], Line] = {}
     for summary in summaries:
         granularity = summary["granularity"]
-        granularity = granularity.split("_")[0] if summary["kind"] in STATIC else granularity
+        granularity = granularity.rsplit("_", 1)[0] if summary["kind"] in STATIC else granularity
         place = granularity, summary["kind"], summary["target"]
         if place not in best or rank(summary) < rank(best[place]):
             best[place] = summary

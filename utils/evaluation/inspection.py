@@ -136,7 +136,8 @@ def describe_checkpoint(facts: dict[str, Any]) -> str:
             f"loss {trained['loss']:.4f} (dense {trained['dense_loss']:.4f})"
         )
         if trained["use"]:
-            figures = ", ".join(f"{name} {text_of(trained['use'][name])}" for name in FIGURES)
+            use = trained["use"]
+            figures = ", ".join(f"{name} {text_of(use[name])}" for name in FIGURES if name in use)
             lines.append(f"use          {figures}, measured in generation on {trained['use']['prompts']} prompts")
         for capacity, found in trained["at_others"].items():
             used = "" if found["executed"] is None else f", {found['executed']:.3f} in generation"
@@ -185,7 +186,7 @@ def _measured(directory: Path, places: tuple[Place, ...]) -> dict[str, Any] | No
             "dense_loss": held_out["dense"]["dense_loss"],
             "capacity": routed["eval_capacity"],
             "layers": {report_key(place): routed[f"eval_capacity/layer_{place_name(place)}"] for place in places},
-            "use": use and {name: use[name] for name in (*FIGURES, "prompts", "max_new_tokens")},
+            "use": use and {name: use[name] for name in (*FIGURES, "prompts", "max_new_tokens") if name in use},
             "at_others": {
                 capacity: {
                     "capacity": found["held_out"]["eval_capacity"],

@@ -31,8 +31,9 @@ from utils.model.checkpoint import INDEX_FILE
 WHAT_IS_TRAINED = frozenset(
     (
         *("FOLDER_NAME", "BASE_MODEL", "DATA_TYPE", "TRAIN_FILE", "MAX_TRAIN_SAMPLES", "MAX_SEQ_LENGTH", "MOD_N"),
-        *("GRANULARITY", "ROUTER_ONLY", "RECIPE", "TARGET_CAPACITY", "GRADIENT_SCALE", "LEARNING_RATE", "WARMUP"),
-        *("WEIGHT_DECAY", "NUM_EPOCHS", "SEED", "GLOBAL_BATCH_SIZE", "OUTPUT_DIR", "DRY_RUN"),
+        *("GRANULARITY", "ROUTER_ONLY", "RECIPE", "TARGET_CAPACITY", "TARGET_SKIPPED", "GRADIENT_SCALE"),
+        *("LEARNING_RATE", "WARMUP", "WEIGHT_DECAY", "NUM_EPOCHS", "SEED", "GLOBAL_BATCH_SIZE"),
+        *("OUTPUT_DIR", "DRY_RUN"),
     )
 )
 """Fields of `scripts/finetune_mod.sh` that a step's own description sets or leaves at their defaults."""

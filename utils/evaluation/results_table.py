@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from utils.io.errors import UserError
+from utils.model.costs import REPORTED_LENGTHS
 from utils.model.lora import holds_adapter
 
 from .comparison import best_of, comparison_table, summarize
 from .plots import LABELS, pareto_of, read_figure
 from .reproduction import Plan, Run, Step
 from .use import FIGURES
+
+BUDGET = ("skipped", *(f"flops_saved_{length}" for length in REPORTED_LENGTHS))
+"""What a capacity saves, on held-out rows."""
 
 SEED = 233
 """Of every training and baseline that names no other: the commands' default."""
@@ -51,7 +55,7 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "title": plan.config["title"],
         "scale": plan.description,
-        "metrics": [*plan.config["metrics"], *(name for name in FIGURES if name not in plan.config["metrics"])],
+        "metrics": list(dict.fromkeys([*plan.config["metrics"], *BUDGET, *map(in_table, FIGURES)])),
         "rows": rows,
         "lines": [line for run in plan.runs if (line := _line(run))] if compared else [],
         "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
@@ -150,7 +154,7 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     report = _read(folder / "checkpoint/results.json")
     if report:
         held_out = report["held_out"]
-        ours |= {"loss": held_out["routed"]["eval_loss"], "capacity": held_out["routed"]["eval_capacity"]}
+        ours |= _held_out(held_out["routed"])
         dense |= {"loss": held_out["dense"]["dense_loss"], "capacity": 1.0}
         ours["loss_increase"] = ours["loss"] - dense["loss"]
         prefix = "eval_capacity/layer_"
@@ -206,7 +210,7 @@ def _at_capacities(run: Run, capacities: Sequence[float], own: dict[str, Any]) -
         ours = own
         if capacity != target:
             routed = others[capacity]["held_out"]
-            ours = {"loss": routed["eval_loss"], "capacity": routed["eval_capacity"]}
+            ours = _held_out(routed)
             ours["loss_increase"] = ours["loss"] - report["held_out"]["dense"]["dense_loss"]
             ours |= _use(others[capacity].get("use", {}))
             ours |= {"forward": others[capacity]["forward_ratio"]} if "forward_ratio" in others[capacity] else {}
@@ -216,8 +220,23 @@ def _at_capacities(run: Run, capacities: Sequence[float], own: dict[str, Any]) -
 
 def _use(use: dict[str, Any]) -> dict[str, float | None]:
     """Return those of the figures of use that were measured, and their errors."""
-    there = [name for name in FIGURES if name in use]
-    return {key: use[name][of] for name in there for key, of in ((name, "mean"), (f"{name}_stderr", "stderr"))}
+    return {
+        key: use[name][of]
+        for name in FIGURES
+        if name in use
+        for key, of in ((in_table(name), "mean"), (f"{in_table(name)}_stderr", "stderr"))
+    }
+
+
+def _held_out(routed: dict[str, float]) -> dict[str, float]:
+    """Return loss, capacity and what it skips on held-out rows, of a run's results; older ones lack the last."""
+    names = {"loss": "eval_loss", "capacity": "eval_capacity", **{name: f"eval_{name}" for name in BUDGET}}
+    return {name: routed[key] for name, key in names.items() if key in routed}
+
+
+def in_table(figure: str) -> str:
+    """Return what a figure of use is called in a table, where `skipped` is that of the held-out rows."""
+    return "skipped_in_use" if figure == "skipped" else figure
 
 
 def _made_by(run: Run) -> Step:
@@ -250,10 +269,8 @@ def _line(run: Run) -> dict[str, Any] | None:
         "target": fields["TARGET_CAPACITY"],
         "seed": _seed(run),
         "settings": {"with": " ".join([*(f"{field}={value}" for field, value in shown.items()), *map(str, arguments)])},
-        **{
-            name: ours.get(name)
-            for name in ("capacity", "loss", "loss_increase", "average", "average_stderr", *FIGURES)
-        },
+        **{name: ours.get(name) for name in ("capacity", "loss", "loss_increase", "average", "average_stderr")},
+        **{name: ours.get(name) for name in (*map(in_table, FIGURES), *BUDGET)},
         "average_dense": dense.get("average"),
         "seconds": (_read(made.record) or {}).get("seconds"),
         "command": _command(run),

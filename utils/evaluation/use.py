@@ -3,8 +3,8 @@
 Both answer each prompt greedily. *Agreement* is the share of the dense model's answer tokens, its end of turn
 included, that the routed model would give too, had it the same tokens before it. *Executed* is the share of routed
 computations that this executes, of the prompt's and the answer's tokens alike: what the capacity comes to in
-generation. *Foreign* is by how many nats a token the dense model finds the routed model's answer less likely than its
-own.
+generation; *skipped* is the share of the decoder layers' parameters that it leaves out, for a token. *Foreign* is by
+how many nats a token the dense model finds the routed model's answer less likely than its own.
 
 As in generation, a sequence is decided by its prompt, and the cache holds the decision while it is answered. A prompt's
 figures do not depend on the batch that it is in. It is the likeliest token that counts, so what a checkpoint's
@@ -21,12 +21,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.io.errors import UserError
-from utils.model.costs import capacity_weights
+from utils.model.costs import capacity_weights, skipped_share
 
 Prompt = Mapping[str, Any]
 """`text`, to be shown; `input_ids`, a list of integers; `end_token`, the id that ends an answer besides the model's."""
 
-FIGURES = ("agreement", "executed", "foreign")
+FIGURES = ("agreement", "executed", "skipped", "foreign")
+WITHOUT_ANSWERS = FIGURES[:3]
+"""Those that need no answers of the routed model."""
 
 
 @torch.inference_mode()
@@ -82,7 +84,9 @@ def figures_of_use(
     return {
         "use": summarize(answers) | of_all,
         "answers": answers,
-        "use_at": {capacity: summarize([of[capacity] for of in at], FIGURES[:2]) | of_all for capacity in capacities},
+        "use_at": {
+            capacity: summarize([of[capacity] for of in at], WITHOUT_ANSWERS) | of_all for capacity in capacities
+        },
     }
 
 
@@ -174,25 +178,23 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Return of each prompt its figures, `tokens`, both answers as `dense_tokens` and `routed_tokens`.
 
-    `at` has agreement, executed and tokens by capacity.
+    `at` has `WITHOUT_ANSWERS` and tokens by capacity.
     """
     input_ids, mask = _pad([prompt["input_ids"] for prompt in prompts], "left", model.device)
     batch = _Batch(input_ids, mask)
     stops = [frozenset({*ends, prompt["end_token"]}) for prompt in prompts]
     dense = _answer(model, batch, stops, max_new_tokens, route=False)
     routed = _answer(model, batch, stops, max_new_tokens, route=True)
-    agreed, executed = _follow(model, batch, dense, stops)
+    agreed, executed, skipped = _follow(model, batch, dense, stops)
     strange = _surprise(model, batch, routed) - _surprise(model, batch, dense)
     at: list[dict[float, dict[str, float]]] = [{} for _ in prompts]
     settings = model.config.mod_settings
     try:
         for capacity in capacities:
             model.set_capacity(capacity)
-            for row, (agreement, share) in enumerate(zip(*_follow(model, batch, dense, stops), strict=True)):
-                at[row][capacity] = {
-                    "agreement": float(agreement),
-                    "executed": float(share),
-                    "tokens": len(dense[row]),
+            for row, figures in enumerate(zip(*_follow(model, batch, dense, stops), strict=True)):
+                at[row][capacity] = dict(zip(WITHOUT_ANSWERS, map(float, figures), strict=True)) | {
+                    "tokens": len(dense[row])
                 }
     finally:
         model.set_mod_settings(settings)
@@ -200,14 +202,15 @@ def _compare(
         {
             "agreement": agreement,
             "executed": share,
+            "skipped": saved,
             "foreign": nats,
             "tokens": len(own),
             "dense_tokens": own,
             "routed_tokens": other,
             "at": others,
         }
-        for agreement, share, nats, own, other, others in zip(
-            agreed.tolist(), executed.tolist(), strange.tolist(), dense, routed, at, strict=True
+        for agreement, share, saved, nats, own, other, others in zip(
+            *(figure.tolist() for figure in (agreed, executed, skipped, strange)), dense, routed, at, strict=True
         )
     ]
 
@@ -244,12 +247,12 @@ def _answer(
 
 def _follow(
     model: PreTrainedModel, batch: _Batch, answers: Sequence[list[int]], stops: Sequence[frozenset[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the routed model along the dense model's answers, decided on the prompts.
 
     Returns:
-        The share of each answer's tokens that the routed model finds likeliest too, and the share of routed
-        computations executed, float [prompts] each.
+        The share of each answer's tokens that the routed model finds likeliest too, the share of routed computations
+        executed, and what that skips, float [prompts] each.
     """
     tokens, given = _pad(answers, "right", batch.mask.device)
     prefill = model(
@@ -265,16 +268,24 @@ def _follow(
     likeliest = torch.cat([prefill.logits, rest.logits[:, :-1]], dim=1).argmax(dim=-1).to(tokens.device)
     agreed = ((likeliest == tokens) * given).sum(dim=1) / given.sum(dim=1)
     if model.mod_settings.level == "sequence":
-        return agreed, over_routers(model, prefill.router_gates)
+        return agreed, *_of_executed(model, prefill.router_gates)
     # the token that ends an answer is never read
     read = given.clone()
     for row, (answer, ending) in enumerate(zip(answers, stops, strict=True)):
         if answer[-1] in ending:
             read[row, len(answer) - 1] = 0
-    gates = torch.cat([prefill.router_gates, rest.router_gates], dim=2)
-    gates = over_routers(model, gates.mean(dim=3) if gates.dim() == 4 else gates)  # [prompts, tokens]
+    gates = torch.cat([prefill.router_gates, rest.router_gates], dim=2).double()
+    gates = gates.mean(dim=3) if gates.dim() == 4 else gates  # [routers, prompts, tokens]
     counted = torch.cat([batch.mask, read], dim=1).to(gates.device)
-    return agreed, (gates * counted).sum(dim=1) / counted.sum(dim=1)
+    return agreed, *_of_executed(model, (gates * counted).sum(dim=2) / counted.sum(dim=1))
+
+
+def _of_executed(model: PreTrainedModel, shares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the capacity, and what it skips, float64 [prompts] each, of shares executed [routers, prompts]."""
+    config, settings = model.config.to_dict(), model.config.mod_settings
+    of_prompts = [dict(zip(settings.places, column, strict=True)) for column in shares.T.tolist()]
+    skipped = [skipped_share(config, settings, executed) for executed in of_prompts]
+    return over_routers(model, shares), torch.tensor(skipped, dtype=torch.float64)
 
 
 def over_routers(model: PreTrainedModel, gates: torch.Tensor) -> torch.Tensor:

@@ -204,16 +204,16 @@ def capacity_to_skip(config: dict[str, Any], settings: MoDSettings, skipped: flo
     length = settings.budget_length
     saved, total = saved_by_skipping(config, settings, length), _of_all_layers(config, length)
     most, constant = sum(saved.values()) / total, 0.0
-    if not 0.0 < skipped <= most:
+    if not 0.0 < skipped < most:
         raise ValueError(
             f"target_skipped {skipped} is out of reach: {settings.granularity} in {len(settings.layers)} of "
-            f"{config['num_hidden_layers']} layers can skip more than 0 and at most {_rounded_down(most)} of the "
-            "decoder layers; route more layers (mod_n), or more of each (granularity)"
+            f"{config['num_hidden_layers']} layers can skip more than 0 and less than {_rounded_down(most)} of "
+            "the decoder layers; route more layers (mod_n), or more of each (granularity)"
         )
     if settings.target == "expert":  # substitutes run on every token, whatever is skipped
         unit = 1 if length is None else 2 * length
         constant = unit * sum(_substitute_parameters(config, settings, place) for place in settings.places) / total
-    return 1.0 - (skipped + constant) / (most + constant)
+    return max(1e-4, round(1.0 - (skipped + constant) / (most + constant), 4))
 
 
 def _rounded_down(share: float) -> float:
@@ -232,7 +232,7 @@ def _substitute_parameters(config: dict[str, Any], settings: MoDSettings, place:
     return 2 * config["hidden_size"] * (settings.substitute_rank(place) or 0)
 
 
-def budget(config: dict[str, Any], settings: MoDSettings, executed: Mapping[Place, float]) -> dict[str, Any]:
+def budget(config: dict[str, Any], settings: MoDSettings, executed: Mapping[Place, float]) -> dict[str, float]:
     """Return what is skipped where routers execute these shares of their inputs, as reports have it.
 
     Args:
@@ -240,13 +240,13 @@ def budget(config: dict[str, Any], settings: MoDSettings, executed: Mapping[Plac
         executed: place -> share.
 
     Returns:
-        `skipped`, share of the decoder layers' parameters, and `flops_saved`, tokens of a prefill -> share of the
-        model's operations that is saved, the head's for one token included.
+        `skipped`, share of the decoder layers' parameters, and for each of `REPORTED_LENGTHS` `flops_saved_512` and the
+        like, share of the model's operations in a prefill of so many tokens, the head's for one token included.
     """
     saved = {length: savings(config, settings, length, executed, "float32") for length in REPORTED_LENGTHS}
     return {
         "skipped": skipped_share(config, settings, executed),
-        "flops_saved": {str(length): cost["flops_saved"] / cost["flops"] for length, cost in saved.items()},
+        **{f"flops_saved_{length}": cost["flops_saved"] / cost["flops"] for length, cost in saved.items()},
     }
 
 

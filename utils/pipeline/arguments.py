@@ -58,8 +58,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "What is gated, and for what unit: attn_sequence, attn_token, mlp_sequence, mlp_token, "
-            "block_sequence or block_token; in mixtures of experts also expert_token. Default: the checkpoint's, or "
-            "attn_sequence (the paper's best)."
+            "block_sequence or block_token; attn_mlp_sequence or attn_mlp_token, with a router for each of the two; in "
+            "mixtures of experts also expert_token. Default: the checkpoint's, or attn_sequence (the paper's best)."
         },
     )
     router_dir: str | None = field(
@@ -237,11 +237,26 @@ class RouterTrainingArguments(TrainingArguments):
             "help": "Weight lambda of the hinge (Eq. 9); 0 switches it off. Default: 0.3, the paper's recipe 0.1."
         },
     )
-    target_capacity: float = HfArg(
-        default=0.5,
+    target_capacity: float | None = HfArg(
+        default=None,
         aliases=["--mod_capacity", "--mindskip_capacity"],
-        help="Share of inputs to execute over all routed layers (the paper's 0.5). The hinge pushes down to it and no "
-        "further (Eq. 10).",
+        help="Share of inputs to execute over all routed layers; where attention and MLP are routed apart, inputs "
+        "count by what skipping them saves. The hinge pushes down to it and no further (Eq. 10). Default: 0.5, the "
+        "paper's.",
+    )
+    target_skipped: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of target_capacity: share of the decoder layers' parameters that is not to be computed "
+            "with for a token, on average; those of substitutes count against it."
+        },
+    )
+    budget_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let target_skipped, and where attention and MLP are routed apart the capacity, count the "
+            "operations of a prefill of so many tokens instead of parameters. Default: the checkpoint's, or parameters."
+        },
     )
     router_only: bool = field(
         default=True,
@@ -414,7 +429,20 @@ class RouterTrainingArguments(TrainingArguments):
 
     def _check(self) -> None:
         """Raise `UserError` for what `TrainingArguments` would accept, or refuse with a traceback much later."""
-        for name, given in (("target_capacity", [self.target_capacity]), ("capacities", self.capacities)):
+        if self.target_skipped is not None:
+            if self.target_capacity is not None:
+                raise UserError(
+                    f"target_capacity {self.target_capacity} and target_skipped {self.target_skipped}: both say how "
+                    "much is to be skipped; give one of the two"
+                )
+            if not 0.0 < self.target_skipped < 1.0:
+                raise UserError(f"target_skipped {self.target_skipped} must lie between 0 and 1")
+        elif self.target_capacity is None:
+            self.target_capacity = 0.5
+        if self.budget_length is not None and self.budget_length < 1:
+            raise UserError(f"budget_length {self.budget_length} must be at least 1")
+        target = [self.target_capacity] if self.target_skipped is None else []  # the other follows from the model
+        for name, given in (("target_capacity", target), ("capacities", self.capacities)):
             for capacity in given:
                 if not 0.0 < capacity <= 1.0:
                     raise UserError(f"{name} {capacity} must be above 0 and at most 1")

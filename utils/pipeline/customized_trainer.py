@@ -60,8 +60,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
     `train_sampler`, if given, orders the training rows instead of Trainer's own sampler.
 
     Logged besides Trainer's own: `task_loss` (mean over the supervised tokens as they count in the loss),
-    `distillation_loss` where it is learned from, `mod_loss`, `capacity`, and `capacity/layer_i`; the last three not
-    while a regression measures, whose gates are no decisions.
+    `distillation_loss` where it is learned from, `mod_loss`, `capacity` with what it saves (`costs.budget`), and
+    `capacity/layer_i`; these not while a regression measures, whose gates are no decisions.
     """
 
     def __init__(self, *args: Any, train_sampler: Sampler | None = None, **kwargs: Any):
@@ -81,8 +81,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._ends: Collection[int] = ()
         self._is_answered = False
         self._weights_of_parts = 1.0, 1.0  # of prompts and of answers
-        weights = capacity_weights(self.model.config.to_dict(), settings)
-        self._meters = {mode: RoutingMeter(weights, self.args.device) for mode in ("train", "eval")}
+        weights = capacity_weights(config := self.model.config.to_dict(), settings)
+        self._meters = {mode: RoutingMeter(config, settings, self.args.device) for mode in ("train", "eval")}
         self._of_routers = None  # what their inputs count in a capacity, float32 [routers]; None for all alike
         if len(settings.branches) > 1:
             self._of_routers = torch.tensor(list(weights.values()), device=self.args.device)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from utils.model.configuration_mod import Place, place_name
-from utils.model.costs import capacity_of, capacity_weights
+from utils.model.costs import budget, capacity_of, capacity_weights
 
 from .losses import executed_inputs
 
@@ -26,8 +26,8 @@ def held_out_results(model: nn.Module, batches: Sequence[Batch]) -> dict[str, An
         batches: held-out text.
 
     Returns:
-        `dense` (`dense_loss`), `routed` (`eval_loss`, `eval_capacity`, `eval_capacity/layer_i`) and `rows`: what a
-        training run's `results.json` has under `held_out`.
+        `dense` (`dense_loss`), `routed` (`eval_loss`, `eval_capacity` and what it saves, `eval_capacity/layer_i`) and
+        `rows`: what a training run's `results.json` has under `held_out`.
     """
     dense, _ = loss_and_capacity(model, batches, route=False)
     loss, shares = loss_and_capacity(model, batches)
@@ -36,6 +36,7 @@ def held_out_results(model: nn.Module, batches: Sequence[Batch]) -> dict[str, An
     rows = sum(len(batch["labels"]) for batch in batches)
     logger.info("held-out loss %.4f (dense %.4f), capacity %.4f, on %d rows", loss, dense, capacity, rows)
     routed = {"eval_loss": loss, "eval_capacity": capacity}
+    routed |= {f"eval_{name}": value for name, value in budget(config, settings, shares).items()}
     routed |= {f"eval_capacity/layer_{place_name(place)}": share for place, share in shares.items()}
     return {"dense": {"dense_loss": dense}, "routed": routed, "rows": rows}
 

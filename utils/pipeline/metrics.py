@@ -1,27 +1,30 @@
 """Sums that a run collects on the device, and reads on the host only when it logs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from utils.model.configuration_mod import Place, place_name
-from utils.model.costs import capacity_of
+from utils.model.configuration_mod import MoDSettings, place_name
+from utils.model.costs import budget, capacity_of, capacity_weights
 
 
 class RoutingMeter:
     """Collects loss and capacity over micro-batches; exact means whatever their sizes.
 
     Args:
-        weights: place of a router -> what its inputs count in a capacity, of `capacity_weights`.
+        config: of the model, as a dict.
+        settings: what is routed.
         device: where the sums live.
     """
 
-    def __init__(self, weights: Mapping[Place, float], device: torch.device):
-        self.weights = weights
+    def __init__(self, config: dict[str, Any], settings: MoDSettings, device: torch.device):
+        self._config, self._settings = config, settings
+        self.weights = capacity_weights(config, settings)
         # negative log-likelihood, supervised tokens, divergence from the dense model, hinge, sequences, inputs,
         # executed inputs of each router
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self._sums = torch.zeros(6 + len(weights), device=device, dtype=dtype)
+        self._sums = torch.zeros(6 + len(settings.places), device=device, dtype=dtype)
 
     def add(
         self,
@@ -69,5 +72,6 @@ class RoutingMeter:
             means["mod_loss"] = hinge / sequences
             shares = {place: kept / inputs for place, kept in zip(self.weights, executed, strict=True)}
             means["capacity"] = capacity_of(shares, self.weights)
+            means |= budget(self._config, self._settings, shares)
             means |= {f"capacity/layer_{place_name(place)}": share for place, share in shares.items()}
         return means

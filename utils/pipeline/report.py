@@ -11,11 +11,11 @@ def run_table(results: Mapping[str, Any]) -> str:
 
     Args:
         results: `held_out` with `rows` and Trainer's metrics of the `dense` model (`dense_loss`) and the `routed` one
-            (`eval_loss`, `eval_capacity`, `eval_capacity/layer_i`); `forward_tokens_per_second` with `dense`,
-            `routed` and their `ratio`, or None where it was not measured; where they were measured, `use` with
-            `agreement`, `executed` and `foreign` (each `mean` and `stderr`) and `prompts`, and `answers`, each with
-            `prompt`, `dense`, `routed` and its own `agreement`; `capacities`, capacity -> `held_out`, `use` and
-            `forward_ratio` of the same checkpoint set to it.
+            (`eval_loss`, `eval_capacity`, `eval_skipped` and the like, `eval_capacity/layer_i`);
+            `forward_tokens_per_second` with `dense`, `routed` and their `ratio`, or None where it was not measured;
+            where they were measured, `use` with its figures (each `mean` and `stderr`) and `prompts`, and `answers`,
+            each with `prompt`, `dense`, `routed` and its own `agreement`; `capacities`, capacity -> `held_out`, `use`
+            and `forward_ratio` of the same checkpoint set to it.
     """
     dense, routed, rows = (results["held_out"][name] for name in ("dense", "routed", "rows"))
     speed = results["forward_tokens_per_second"]
@@ -29,13 +29,15 @@ def run_table(results: Mapping[str, Any]) -> str:
         if speed
         else f"{'forward tokens/s':<18}{'-':>10}{'-':>10}   (not measured where the weights are in parts)",
         f"{'capacity':<18}{1:>10.2f}{routed['eval_capacity']:>10.2f}   (share executed of the held-out rows)",
+        f"{'skipped':<18}{0:>10.1%}{routed['eval_skipped']:>10.1%}   (of the layers' parameters, for a token; "
+        f"of a prefill's FLOPs {routed['eval_flops_saved_512']:.1%} at 512 tokens, "
+        f"{routed['eval_flops_saved_2048']:.1%} at 2048)",
     ]
     if results.get("use"):
         lines += _use(results["use"])
     lines += [
         "",
-        "layer     " + "".join(f"{layer:>6}" for layer in layers),
-        "capacity  " + "".join(f"{value:>6.2f}" for value in layers.values()),
+        *_by_layer(layers),
         "",
     ]
     if results.get("capacities"):
@@ -50,11 +52,24 @@ def run_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _by_layer(shares: Mapping[str, float]) -> list[str]:
+    """Return the lines of what each router executes; where layers have two, a line for each branch."""
+    by_branch: dict[str, dict[str, float]] = {}
+    for name, share in shares.items():
+        layer, _, branch = name.partition(".")
+        by_branch.setdefault(branch or "capacity", {})[layer] = share
+    lines = ["layer     " + "".join(f"{layer:>6}" for layer in next(iter(by_branch.values())))]
+    for branch, of_layers in by_branch.items():
+        lines.append(f"{branch:<10}" + "".join(f"{value:>6.2f}" for value in of_layers.values()))
+    return lines
+
+
 def _use(use: Mapping[str, Any]) -> list[str]:
     """Return the lines of the figures of use, each beside what the dense model has by definition."""
     said = {
         "agreement": (1, f"of the dense answers' tokens, {use['prompts']} prompts"),
         "executed": (1, "share executed of prompts and answers, in generation"),
+        "skipped": (0, "share of the layers' parameters that is not computed with there, for a token"),
         "foreign": (0, "nats a token that the answers are stranger to the dense model than its own"),
     }
     lines = []
@@ -69,13 +84,14 @@ def _at_capacities(results: Mapping[str, Any]) -> list[str]:
     """Return the lines of what the same checkpoint is at other capacities, `model.set_capacity(...)`."""
     lines = [
         "The same checkpoint set to other capacities:",
-        f"{'capacity':<12}{'of rows':>9}{'in use':>9}{'loss':>9}{'agreement':>11}{'forward':>9}",
+        f"{'capacity':<12}{'of rows':>9}{'in use':>9}{'skipped':>9}{'loss':>9}{'agreement':>11}{'forward':>9}",
     ]
     for capacity, of in sorted(results["capacities"].items(), reverse=True):
         use = {name: f"{figure['mean']:.2f}" for name, figure in of.get("use", {}).items() if name in USE}
+        skipped = f"{of['use']['skipped']['mean']:.1%}" if "use" in of else "-"
         ratio = f"{of['forward_ratio']:.2f}x" if "forward_ratio" in of else "-"
         lines.append(
-            f"{capacity:<12}{of['held_out']['eval_capacity']:>9.2f}{use.get('executed', '-'):>9}"
+            f"{capacity:<12}{of['held_out']['eval_capacity']:>9.2f}{use.get('executed', '-'):>9}{skipped:>9}"
             f"{of['held_out']['eval_loss']:>9.3f}{use.get('agreement', '-'):>11}{ratio:>9}"
         )
     return [*lines, ""]
