@@ -10,6 +10,7 @@ from model_zoo import LAYERS as MODEL_LAYERS
 from model_zoo import make_pair, randomize_routers
 
 from utils.io.errors import UserError
+from utils.model.configuration_mod import MoDSettings
 from utils.model.routing_mod import Decision, MoDRouter
 from utils.pipeline.calibration import (
     LARGEST_CUT,
@@ -208,7 +209,7 @@ class SkippingModel(torch.nn.Module):
     def __init__(self, logits: torch.Tensor):
         super().__init__()
         self.logits = logits
-        self.config = SimpleNamespace(mod_settings=SimpleNamespace(level="sequence"))
+        self.config = SimpleNamespace(mod_settings=MoDSettings("attn_sequence", (0, 1)))
 
     def router_modules(self):
         return {layer: lambda logits: logits for layer in (0, 1)}

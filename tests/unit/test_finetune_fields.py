@@ -24,6 +24,7 @@ WRONG = {
     "GRANULARITY": ("attn", "attn_tokens", "ATTN_TOKEN", " "),
     "ROUTER_ONLY": ("maybe", "True "),
     "TARGET_CAPACITY": (*NO_NUMBER, "1.01", "50"),
+    "TARGET_SKIPPED": (*NO_NUMBER, "1", "0"),
     "RECIPE": ("papers", "Default"),
     "GRADIENT_SCALE": (*NO_NUMBER, "1e999"),
     "LEARNING_RATE": NO_NUMBER,
@@ -76,6 +77,14 @@ def test_a_wrong_value_is_one_line_before_anything_is_installed_or_loaded(tmp_pa
     assert line.startswith("error: ")
     assert field in line or value in line or "/data/mixed/" in line
     assert not (tmp_path / "called").exists()
+
+
+def test_only_one_of_two_targets_is_taken(tmp_path):
+    done = script(tmp_path, TARGET_CAPACITY="0.5", TARGET_SKIPPED="0.2")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: TARGET_CAPACITY=0.5 and TARGET_SKIPPED=0.2: both say how much to skip; set one of the two"
+    ]
 
 
 def test_every_field_of_the_readme_has_wrong_values_here():

@@ -11,6 +11,7 @@ from utils.data.chat_format import TemplateFormat
 from utils.data.prompts import encode_prompts, load_sample
 from utils.evaluation.use import FIGURES, figures_of_use, summarize
 from utils.io.errors import UserError
+from utils.model.costs import capacity_of, capacity_weights, skipped_share
 from utils.pipeline.report import run_table
 
 TOKENIZER = make_tokenizer()
@@ -34,23 +35,26 @@ def one_by_one(model, input_ids, ends):
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": 0}
     dense, routed = (model.generate(ids, route=route, **options)[0, ids.shape[1] :] for route in (False, True))
     output, cache, agreed = model(ids, use_cache=True), None, 0
-    gates, read = [output.router_gates.mean() * ids.shape[1]], ids.shape[1]
+    gates, read = [output.router_gates.flatten(1).mean(dim=1) * ids.shape[1]], ids.shape[1]
     for token in dense:
         agreed += int(output.logits[0, -1].argmax() == token)
         if int(token) in ends:
             break
         cache = output.past_key_values
         output = model(token.view(1, 1), past_key_values=cache, use_cache=True)
-        gates.append(output.router_gates.mean())
+        gates.append(output.router_gates.flatten(1).mean(dim=1))
         read += 1
 
     def nats(answer):
         logits = model(torch.cat([ids[0], answer])[None], route=False).logits[0, ids.shape[1] - 1 : -1]
         return torch.nn.functional.cross_entropy(logits, answer).item()
 
+    config, settings = model.config.to_dict(), model.config.mod_settings
+    executed = dict(zip(settings.places, (sum(gates) / read).tolist(), strict=True))
     figures = {
         "agreement": agreed / len(dense),
-        "executed": float(sum(gates)) / read,
+        "executed": capacity_of(executed, capacity_weights(config, settings)),
+        "skipped": skipped_share(config, settings, executed),
         "foreign": nats(routed) - nats(dense),
     }
     return figures, dense.tolist(), routed.tolist()
@@ -58,6 +62,7 @@ def one_by_one(model, input_ids, ends):
 
 PAIRS = [
     *(("llama", granularity) for granularity in ("attn_sequence", "block_sequence", "attn_token", "mlp_token")),
+    *(("llama", granularity) for granularity in ("attn_mlp_sequence", "attn_mlp_token")),
     *(("mistral", "attn_sequence"), ("qwen2", "block_token"), ("qwen3", "mlp_sequence"), ("olmoe", "expert_token")),
 ]
 
@@ -104,8 +109,8 @@ def test_what_a_checkpoint_says_of_sampling_does_not_enter():
 
 def test_agreement_counts_tokens_and_the_others_count_prompts():
     answers = [
-        {"tokens": 10, "agreement": 0.5, "executed": 0.2, "foreign": 1.0},
-        {"tokens": 30, "agreement": 0.9, "executed": 0.6, "foreign": 2.0},
+        {"tokens": 10, "agreement": 0.5, "executed": 0.2, "skipped": 0.4, "foreign": 1.0},
+        {"tokens": 30, "agreement": 0.9, "executed": 0.6, "skipped": 0.2, "foreign": 2.0},
     ]
     summary = summarize(answers)
     assert summary["agreement"]["mean"] == pytest.approx((5 + 27) / 40)
@@ -170,7 +175,8 @@ def test_the_sample_is_read_as_the_script_reformats_it(repository):
 
 
 def test_the_runs_table_has_figures_of_use_and_an_example_where_they_were_measured():
-    routed = {"eval_loss": 2.5, "eval_capacity": 0.5, "eval_capacity/layer_3": 0.5}
+    routed = {"eval_loss": 2.5, "eval_capacity": 0.5, "eval_capacity/layer_3": 0.5, "eval_skipped": 0.1}
+    routed |= {"eval_flops_saved_512": 0.08, "eval_flops_saved_2048": 0.07}
     results = {
         "held_out": {"dense": {"dense_loss": 2.0}, "routed": routed, "rows": 8},
         "forward_tokens_per_second": None,
@@ -183,9 +189,10 @@ def test_the_runs_table_has_figures_of_use_and_an_example_where_they_were_measur
     use = {name: {"mean": 0.25, "stderr": 0.05} for name in FIGURES} | {"prompts": 3, "max_new_tokens": 9}
     full = run_table(results | {"use": use, "answers": answers})
     added = [line for line in full.splitlines() if line not in plain.splitlines()]
-    assert [line.split()[:3] for line in added[:3]] == [
+    assert [line.split()[:3] for line in added[:4]] == [
         ["agreement", "1.00", "0.25"],
         ["executed", "1.00", "0.25"],
+        ["skipped", "0.00", "0.25"],
         ["foreign", "0.00", "0.25"],
     ]
     assert "± 0.05, of the dense answers' tokens, 3 prompts" in added[0]

@@ -186,7 +186,7 @@ def _measured(directory: Path, places: tuple[Place, ...]) -> dict[str, Any] | No
             "dense_loss": held_out["dense"]["dense_loss"],
             "capacity": routed["eval_capacity"],
             "layers": {report_key(place): routed[f"eval_capacity/layer_{place_name(place)}"] for place in places},
-            "use": use and {name: use[name] for name in (*FIGURES, "prompts", "max_new_tokens") if name in use},
+            "use": use and {name: use[name] for name in _in_use(use)},
             "at_others": {
                 capacity: {
                     "capacity": found["held_out"]["eval_capacity"],
@@ -198,6 +198,11 @@ def _measured(directory: Path, places: tuple[Place, ...]) -> dict[str, Any] | No
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the report of a training run of this checkpoint: {error!r}") from None
+
+
+def _in_use(use: dict[str, Any]) -> list[str]:
+    """Return what is reported of the figures of use; older runs lack what is skipped."""
+    return [name for name in (*FIGURES, "prompts", "max_new_tokens") if name != "skipped" or name in use]
 
 
 def _routers(directory: Path, config: dict[str, Any], settings: Any) -> dict[str, Any]:
