@@ -1,8 +1,11 @@
 """Rows as generation has them, and which tokens of a row are learned from."""
 
+import pytest
 import torch
 from model_zoo import make_pair, randomize_routers, texts
+from transformers import GenerationConfig
 
+from utils.model.generation import generation_by
 from utils.pipeline.answers import SHORT_PROMPTS, answered, prompt_share, short_prompts
 from utils.pipeline.batches import IGNORE_INDEX, SupervisedBatches
 
@@ -30,6 +33,20 @@ def test_prompts_are_answered_as_the_dense_model_answers_each_alone():
         assert got["labels"] == [IGNORE_INDEX] * len(prompt) + alone[len(prompt) :]
         assert got["length"] == len(alone)
     assert len(made[0]["input_ids"]) <= 4 + 3
+
+
+def test_what_a_models_files_say_of_generation_does_not_enter():
+    _, model = make_pair("llama", "block_token")
+    rows = [row(text.tolist(), [7]) for text in texts((5, 3))]
+    expected = answered(model, rows, {199}, new_tokens=4)
+    odd = {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 9.0, "cache_implementation": "static"}
+    model.generation_config = own = GenerationConfig(**odd, return_dict_in_generate=True, suppress_tokens=[*range(90)])
+    before = own.to_dict()
+    assert answered(model, rows, {199}, new_tokens=4) == expected
+    with generation_by(model, do_sample=False), pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(torch.tensor([[5]]), max_new_tokens=-1)
+    assert model.generation_config is own
+    assert own.to_dict() == before
 
 
 def test_the_shortest_prompts_are_taken_and_what_has_none_is_left_out():

@@ -1,21 +1,26 @@
 """Models in the shapes that people have: saved again, with odd values in `config.json`, quantized."""
 
 import json
+import re
 import shutil
 from contextlib import suppress
 
 import pytest
 import torch
+from call_options import tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from utils.evaluation.harness import identify_base, identify_routing
 from utils.evaluation.inspection import describe_checkpoint, inspect_checkpoint
 from utils.io.errors import UserError
+from utils.model.base_identity import identify_model
+from utils.model.base_models import resolve_base_model
 from utils.model.checkpoint import (
     check_base_weights,
     load_mod_model,
     load_routers,
+    load_tokenizer,
     make_settings,
     read_config,
     read_units,
@@ -160,6 +165,65 @@ def test_what_a_config_leaves_out_is_described_by_the_architectures_defaults(mod
     del config["num_key_value_heads"], config["hidden_act"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert inspect_checkpoint(tmp_path, [64])["savings"] == inspect_checkpoint(mod, [64])["savings"]
+
+
+WEIGHTS = "model.safetensors.index.json"
+DAMAGED = {
+    "config.json": (b"{oops", b"[]", b"\xff\xfe", b"[" * 100_000, b"", b"1" * 5000),
+    WEIGHTS: (
+        b"{oops",
+        b"[1]",
+        b"{}",
+        b'{"weight_map": ["a"]}',
+        b'{"weight_map": {"a": 3}}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ),
+    "routers.safetensors": (b"", b"{}", None),
+    "base.safetensors": (b"", b"\xff" * 64, None),
+}
+"""File of a checkpoint -> what it may hold instead; None: the first half of what it was."""
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, all_ in DAMAGED.items() for content in all_])
+def test_a_damaged_file_of_a_checkpoint_is_one_line_that_names_it(mod, tmp_path, name, content):
+    for path in mod.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    asked = [load_mod_model, identify_model, lambda directory: inspect_checkpoint(directory, [64])]
+    if name == WEIGHTS:
+        asked.append(lambda directory: resolve_base_model(str(directory)))
+    for ask in asked:
+        with pytest.raises(UserError, match=name) as refused:
+            ask(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_weight_that_is_not_where_the_index_has_it_is_one_line(mod, tmp_path):
+    for path in mod.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    routers = load_file(mod / "routers.safetensors")
+    lost = routers.popitem()[0]
+    save_file(routers, tmp_path / "routers.safetensors")
+    for ask in (load_mod_model, identify_model):
+        with pytest.raises(UserError, match=re.escape(lost)):
+            ask(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer_config.json", text) for text in ("{", "[]", "7", '{"added_tokens_decoder": 3}')]
+    + [("tokenizer.json", text) for text in ("", "{}", '{"model": {"type": "mystery"}}', "[]")],
+)
+def test_a_damaged_tokenizer_is_one_line(mod, tmp_path, name, content):
+    shutil.copy(mod / "config.json", tmp_path)
+    tokenizer(64).save_pretrained(tmp_path)
+    load_tokenizer(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer could be loaded") as refused:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("units", ["many", [1.0], [1.0, None], {"0": 1.0}, True])

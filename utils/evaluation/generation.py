@@ -10,6 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 from utils.model.cache_mod import MoDCache
 from utils.model.configuration_mod import Place, layer_of, place_name
 from utils.model.costs import capacity_of, capacity_weights
+from utils.model.generation import generation_by
 
 from .kv_memory import kv_bytes_by_layer
 
@@ -76,21 +77,21 @@ def generate(
         input_ids: int64 [1, tokens], on the model's device.
         streamer: gets the tokens as they come.
         route: False runs the dense base.
-        **options: of transformers' `generate`.
+        **options: of transformers' `GenerationConfig`; what the model's files say besides does not enter.
 
     Returns:
         The new tokens and what was observed.
     """
     cache: Cache = MoDCache(model.config) if route else DynamicCache(config=model.config)
     start = time.perf_counter()
-    with _Observer(model) as observer:
+    with generation_by(model, **options) as config, _Observer(model) as observer:
         output = model.generate(
             input_ids,
+            generation_config=config,
             attention_mask=torch.ones_like(input_ids),
             past_key_values=cache,
             streamer=streamer,
             route=route,
-            **options,
         )
     shares, capacity, settings = {}, None, model.config.mod_settings
     if route:

@@ -18,7 +18,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from utils.io.files import write_json
+from utils.io.files import read_json, write_json
 from utils.model.base_identity import digest, identify_model
 from utils.model.checkpoint import read_config
 from utils.model.configuration_mod import MoDSettings
@@ -198,10 +198,7 @@ def _evaluate(
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    return read_json(path) if path.is_file() else None
 
 
 def _hash(value: Any) -> str:

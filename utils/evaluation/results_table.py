@@ -3,7 +3,6 @@
 Everything is read from the files that training, evaluation and benchmark have left in the runs' folders.
 """
 
-import json
 import os
 import platform
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.io.errors import UserError
+from utils.io.files import read_json
 from utils.model.costs import REPORTED_LENGTHS
 from utils.model.lora import holds_adapter
 
@@ -291,5 +291,5 @@ def _cell(numbers: dict[str, Any], metric: str) -> str:
     return text if error is None else f"{text} ± {error:{form}}"
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read(path: Path) -> dict[str, Any] | None:
+    return read_json(path) if path.is_file() else None

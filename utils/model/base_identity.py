@@ -49,6 +49,8 @@ def identify_model(directory: str | Path) -> Identity:
         for name, sample in _sampled(directory / file).items():
             if places.get(name) == file:
                 (added if ADDED_NAME.match(name) else weights)[name] = sample
+    if lost := sorted(places.keys() - weights.keys() - added.keys()):
+        raise UserError(f"{directory}: {lost[0]} is not in {places[lost[0]]}, where the index has it")
     settings = {name: value for name, value in (config.get("mod") or {}).items() if name != "base_model"}
     files = sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)})
     fields = {name: value for name, value in config.items() if name not in NOT_OF_THE_BASE}

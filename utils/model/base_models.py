@@ -8,11 +8,11 @@ complete in the hub's cache is used without asking the hub. Only the embedded de
 It does not load models and does not check their architecture.
 """
 
-import json
 import logging
 from pathlib import Path
 
 from utils.io.errors import UserError
+from utils.io.files import read_json
 from utils.model.embedded_model import (
     EMBEDDED_MODEL,
     EmbeddedModelUnavailableError,
@@ -107,6 +107,19 @@ def resolve_base_model(name_or_path: str, revision: str | None = None) -> Path:
             ) from unavailable
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Return weight name -> file name of an index over a model's weight files.
+
+    Raises:
+        UserError: it is something else.
+        OSError: it cannot be read.
+    """
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{path}: no index of weights: its weight_map does not give the file of each")
+    return places
+
+
 def _may_be_hub_id(name: str) -> bool:
     """Tell `owner/model` and `model` from what can only be meant as a path."""
     from huggingface_hub.errors import HFValidationError
@@ -125,8 +138,8 @@ def _what_is_missing(folder: Path) -> str | None:
         return "has no config.json"
     for index in sorted(folder.glob("*.safetensors.index.json")):
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            named = set(read_index(index).values())
+        except UserError:
             return f"has an unreadable index {index.name}"
         absent = sorted(name for name in named if not (folder / name).is_file())
         if absent:

@@ -27,8 +27,9 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from utils.io.errors import UserError
-from utils.io.files import atomic_file, link_or_copy, write_json
+from utils.io.files import atomic_file, link_or_copy, read_json, write_json
 
+from .base_models import read_index
 from .configuration_mod import EXPERT_GRANULARITY, MoDSettings, Place, layer_of, module_name, routed_layers
 from .lora import ADAPTER_FILES, Adapter, holds_adapter, merged_weights
 from .modeling_mod import MoDLlamaForCausalLM, MoDMistralForCausalLM, MoDQwen2ForCausalLM, MoDQwen3ForCausalLM
@@ -85,13 +86,9 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory}: no such model directory")
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{directory}: not a model directory, it has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
     model_class_for(config)
     for name in ("num_hidden_layers", "hidden_size"):
         if type(config.get(name)) is not int or config[name] < 1:
@@ -209,7 +206,7 @@ def weight_map(directory: str | Path) -> dict[str, str]:
     directory = Path(directory)
     index, single = directory / INDEX_FILE, directory / "model.safetensors"
     if index.exists():
-        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        mapping = read_index(index)
     elif single.exists():
         with _open_safetensors(single) as file:
             mapping = dict.fromkeys(file.keys(), single.name)
@@ -240,12 +237,12 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
     tied = set(model.all_tied_weights_keys)
     _refuse(directory, "lacks the weight", sorted(set(expected) - set(found) - tied))
     _refuse(directory, "has the unknown weight", sorted(set(found) - set(expected)))
-    for file_name in sorted(set(found.values())):
+    for file_name in sorted(set(places.values())):
         with _open_safetensors(directory / file_name) as file:
             names = set(file.keys())
-            promised = {name for name, place in found.items() if place == file_name}
+            promised = {name for name, place in places.items() if place == file_name}
             _refuse(directory, f"has an index by which {file_name} holds, and does not,", sorted(promised - names))
-            for name in sorted(promised):
+            for name in sorted(promised & found.keys()):
                 if tuple(file.get_slice(name).get_shape()) != expected[name]:
                     shape = list(file.get_slice(name).get_shape())
                     raise UserError(f"{directory}: {name} has shape {shape}, expected {list(expected[name])}")
@@ -618,8 +615,8 @@ def load_tokenizer(directory: str | Path):
     base_config = AutoConfig.for_model(str(config["model_type"]).removeprefix("mod_"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, config=base_config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: no tokenizer could be loaded: {' '.join(str(error).split())}") from None
+    except Exception as error:  # they are a user's files, and each class of transformers has errors of its own
+        raise UserError(f"{directory}: no tokenizer could be loaded: {_reason(error)}") from None
     check_vocabulary(directory, config, tokenizer)
     return tokenizer
 
@@ -730,7 +727,7 @@ def _save_base(target: Path, weights: dict[str, torch.Tensor]) -> dict[str, str]
     index = target / "base.safetensors.index.json"
     if not index.exists():
         return dict.fromkeys(weights, "base.safetensors")
-    mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    mapping = read_index(index)
     index.unlink()
     return mapping
 
@@ -748,7 +745,7 @@ def _name_tokenizer_class(source_dir: Path, staged: Path) -> None:
     if not any(staged.glob("tokenizer*")):
         return
     path = staged / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     write_json(path, config | {"tokenizer_class": type(load_tokenizer(source_dir)).__name__})
 
 

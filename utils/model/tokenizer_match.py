@@ -1,6 +1,5 @@
 """Whether a tokenizer and a model go together: tokens and embeddings, the ends of turns, lengths and positions."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from utils.io.errors import UserError
-from utils.io.files import write_json
+from utils.io.files import read_json, write_json
 
 
 def check_vocabulary(directory: str | Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -89,10 +88,4 @@ def check_positions(config: dict[str, Any], tokens: int, what: str, way_out: str
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise UserError(f"{path}: not JSON") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
+    return read_json(path) if path.is_file() else {}

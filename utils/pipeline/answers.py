@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from utils.model.generation import generation_by
+
 from .batches import IGNORE_INDEX
 
 NEW_TOKENS = 32
@@ -82,7 +84,7 @@ def answered(
         else:
             finished.append({name: list(row[name]) for name in ("input_ids", "labels")})
     prompts.sort(key=len)
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "route": False}
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     if ends:
         options["eos_token_id"] = sorted(ends)
     model.eval()
@@ -93,7 +95,9 @@ def answered(
             width = len(chosen[-1])
             ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in chosen], device=device)
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in chosen], device=device)
-            texts = model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()
+            with generation_by(model, **options) as config:
+                texts = model.generate(ids, attention_mask=mask, generation_config=config, route=False)
+            texts = texts[:, width:].tolist()
             for prompt, text in zip(chosen, texts, strict=True):
                 end = next((place + 1 for place, token in enumerate(text) if token in ends), len(text))
                 finished.append({"input_ids": prompt + text[:end], "labels": [IGNORE_INDEX] * len(prompt) + text[:end]})
