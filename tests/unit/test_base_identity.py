@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from call_options import tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +22,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(directory)
-    (directory / "tokenizer.json").write_text("{}")
+    tokenizer(64).save_pretrained(directory)
     return directory
 
 
@@ -41,10 +42,7 @@ def sharded(base: Path, there: Path) -> Path:
 def routed(base: Path, there: Path) -> Path:
     settings = make_settings(read_config(base))
     routers = {f"model.layers.{layer}.router.weight": torch.ones(1, 8) for layer in settings.layers}
-    shutil.copytree(base, there / "source")
-    (there / "source/tokenizer.json").unlink()  # none that could be loaded
-    write_checkpoint(there / "mod", there / "source", settings, routers)
-    shutil.copy(base / "tokenizer.json", there / "mod")
+    write_checkpoint(there / "mod", base, settings, routers)
     return there / "mod"
 
 
@@ -68,12 +66,27 @@ def retokenized(directory):
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
 
 
+def with_tokenizer_config(**fields):
+    def change(directory):
+        path = directory / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return change
+
+
+def with_marks(directory):
+    (directory / "special_tokens_map.json").write_text('{"eos_token": "<s>"}')
+
+
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
         (trained, "model.layers.1.mlp.up_proj.weight of its weights"),
         (configured, "rms_norm_eps of its config"),
         (retokenized, "tokenizer.json of its tokenizer"),
+        (with_tokenizer_config(chat_template="{{ 1 }}"), "chat_template of its tokenizer"),
+        (with_tokenizer_config(eos_token="<s>"), "eos_token of its tokenizer"),
+        (with_marks, "special_tokens_map.json of its tokenizer"),
     ],
 )
 def test_another_base_of_the_same_name_is_told_by_what_differs(base, tmp_path, change, differs):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.io.errors import UserError
+from utils.io.files import read_json
 
 from .checkpoint import ADDED_NAME, UNITS_FIELD, read_config, weight_map
 
@@ -22,7 +23,12 @@ NOT_OF_THE_BASE = (
     *("dtype", "torch_dtype", "use_cache"),  # of the weights each counts with its own
 )
 """Fields of `config.json` that say who wrote it, or that it is a MoD checkpoint."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template*")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "chat_template*"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""It may have the template and the special tokens; the class that it names is another one in a MoD checkpoint."""
 _SAMPLE = 1024  # bytes
 
 Identity = dict[str, dict[str, Any]]
@@ -35,8 +41,8 @@ def identify_model(directory: str | Path) -> Identity:
         directory: with `config.json` and safetensors weights.
 
     Returns:
-        `weights` (tensor -> digest), `config` (field -> value), `tokenizer` (file -> digest) of the base, and
-        `routing`, empty for a dense model: settings, and what is added to the weights.
+        `weights` (tensor -> digest), `config` (field -> value), `tokenizer` (file -> digest, and the fields of its
+        config) of the base, and `routing`, empty for a dense model: settings, and what is added to the weights.
 
     Raises:
         UserError: there is no model there, or a file of it is cut short.
@@ -54,10 +60,14 @@ def identify_model(directory: str | Path) -> Identity:
     settings = {name: value for name, value in (config.get("mod") or {}).items() if name != "base_model"}
     files = sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)})
     fields = {name: value for name, value in config.items() if name not in NOT_OF_THE_BASE}
+    tokenizer = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    if (directory / TOKENIZER_CONFIG).is_file():
+        of_file = read_json(directory / TOKENIZER_CONFIG)
+        tokenizer |= {name: value for name, value in of_file.items() if name != "tokenizer_class"}
     return {
         "weights": weights,
         "config": fields | {"model_type": config["model_type"].removeprefix("mod_")},
-        "tokenizer": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "tokenizer": tokenizer,
         "routing": settings | added,
     }
 
