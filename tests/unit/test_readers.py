@@ -250,6 +250,15 @@ def test_invalid_utf8_in_parquet_is_a_fault_of_its_row(tmp_path):
     assert [fault.reason for fault in faults] == ["invalid_utf8"]
 
 
+def test_parquet_with_a_column_name_that_is_no_utf8_is_refused(tmp_path):
+    pq.write_table(pa.table({"id": ["a"], "naming": ["b"]}), tmp_path / "a.parquet", store_schema=False)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    assert b"naming" in whole
+    (tmp_path / "a.parquet").write_bytes(whole.replace(b"naming", b"\xe3aming"))
+    with pytest.raises(UserError, match=r"not a whole parquet file \('utf-8' codec"):
+        read(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

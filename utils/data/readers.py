@@ -68,7 +68,7 @@ def _parquet(path: Path) -> Iterator[Block | Fault]:
     size = path.stat().st_size
     try:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # names in it may not be UTF-8
         raise UserError(f"{path}: row 0, byte {size}: not a whole parquet file ({_one_line(error)})") from None
     total, done = max(1, file.metadata.num_rows), 0
     with file:
@@ -82,7 +82,7 @@ def _parquet(path: Path) -> Iterator[Block | Fault]:
                     for item in _batch_rows(batch, place):
                         consumed = size * done // total
                         yield item if isinstance(item, Fault) else Block(item, consumed, lambda _, at=place: at)
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, ValueError) as error:  # names in it may not be UTF-8
                 yield Fault("corrupt", place, f"cannot be decoded: {_one_line(error)}", rows=left)
                 done += left
 

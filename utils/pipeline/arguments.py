@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from utils.io.errors import UserError, suggest
 from utils.model.configuration_mod import EXPERT_GRANULARITY, SEQUENCE_POOLINGS, SUBSTITUTES
 
-from .processes import deepspeed_was_asked_for, prepare_deepspeed, zero_stage
+from .processes import check_accelerate_variables, deepspeed_was_asked_for, prepare_deepspeed, zero_stage
 
 CAPACITY_CONTROLS = ("budget", "regression", "hinge")
 
@@ -334,6 +334,7 @@ class RouterTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_accelerate_variables()
         self._resolve_recipe()
         self._check()
         self._check_lora()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DynamoBackend
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainingArguments
 
@@ -22,6 +23,11 @@ from utils.io.errors import UserError, name_failure
 from utils.io.launched import ENGINE_VARIABLE, PROCESSES_VARIABLE
 
 T = TypeVar("T")
+ACCELERATE_FLAGS = (
+    *("USE_CPU", "DEBUG_MODE", "CPU_AFFINITY", "ENABLE_RICH", "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM"),
+    *("DYNAMO_USE_FULLGRAPH", "DYNAMO_USE_DYNAMIC", "DYNAMO_USE_REGIONAL_COMPILATION"),
+)
+"""Variables of accelerate that say yes or no."""
 TERMINATED = 128 + signal.SIGTERM
 """Exit code after SIGTERM: a checkpoint was saved, and the same command goes on from it."""
 
@@ -30,6 +36,22 @@ def prepare_deepspeed() -> None:
     """Keep DeepSpeed on CPUs from compiling, for minutes, an operation that only inference uses (deepspeed 0.19)."""
     if deepspeed_was_asked_for() and not torch.cuda.is_available():
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+def check_accelerate_variables() -> None:
+    """Refuse what accelerate can't read in the environment: by itself it trips over that once all is loaded.
+
+    Raises:
+        UserError: names the variable and what is allowed.
+    """
+    truths = ("true", "yes", "t", "y", "on", "1", "false", "no", "f", "n", "off", "0")
+    allowed = dict.fromkeys((f"ACCELERATE_{name}" for name in ACCELERATE_FLAGS), truths)
+    allowed["ACCELERATE_MIXED_PRECISION"] = ("no", "bf16", "fp16")
+    allowed["ACCELERATE_DYNAMO_BACKEND"] = tuple(backend.lower() for backend in DynamoBackend.list())
+    for name, values in allowed.items():
+        value = os.environ.get(name)
+        if value is not None and value.lower() not in values:
+            raise UserError(f"{name}={value} in the environment: allowed are {', '.join(values)}; or unset it")
 
 
 def deepspeed_was_asked_for() -> bool:
