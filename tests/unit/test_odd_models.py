@@ -26,6 +26,7 @@ from utils.model.checkpoint import (
     read_units,
     write_checkpoint,
 )
+from utils.model.lora import adapter_of, add_lora
 
 UNITS = {0: 0.25, 1: 0.5}
 
@@ -96,6 +97,8 @@ ODD = [
     *({"rope_parameters": value} for value in ("default", {"rope_type": "mystery", "rope_theta": 1.0}, [1])),
     *({"rope_scaling": {"type": "mystery", "factor": 2}}, {"hidden_act": "silly"}, {"hidden_act": None}),
     *({"dtype": value} for value in ("bf16", 7, "float99")),
+    *({"sliding_window": value} for value in ("", [0.4], 1e400, -0.5, 0)),
+    *({"layer_types": value} for value in ([0.4] * 3, "full_attention", ["mystery"] * 3)),
     *({"torch_dtype": "half-ish"}, {"eos_token_id": "</s>"}, {"pad_token_id": 10**9}, {"mod": {"layers": "all"}}),
     *({"quantization_config": value} for value in ("yes", {"quant_method": "awq", "bits": 4}, {"load_in_4bit": True})),
     *({"mod": value} for value in (None, "mistral", [], 7)),
@@ -209,6 +212,26 @@ def test_a_weight_that_is_not_where_the_index_has_it_is_one_line(mod, tmp_path):
     for ask in (load_mod_model, identify_model):
         with pytest.raises(UserError, match=re.escape(lost)):
             ask(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("adapter_config.json", text) for text in ("{", "[]", "{}", '{"peft_type": "ZZZ"}')]
+    + [("adapter_model.safetensors", text) for text in ("", "{}", None)],
+)
+def test_a_damaged_adapter_is_one_line(mod, tmp_path, name, content):
+    for path in mod.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    model = load_mod_model(mod)
+    add_lora(model, rank=2, alpha=4)
+    adapter_of(model).save(tmp_path)
+    load_mod_model(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name) as refused:
+        load_mod_model(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

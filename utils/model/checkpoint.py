@@ -23,7 +23,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, DynamicCache
 from transformers.core_model_loading import revert_weight_conversion
 
 from utils.io.errors import UserError
@@ -31,7 +31,7 @@ from utils.io.files import atomic_file, link_or_copy, read_json, write_json
 
 from .base_models import read_index
 from .configuration_mod import EXPERT_GRANULARITY, MoDSettings, Place, layer_of, module_name, routed_layers
-from .lora import ADAPTER_FILES, Adapter, holds_adapter, merged_weights
+from .lora import ADAPTER_FILES, Adapter, check_adapter, holds_adapter, merged_weights
 from .modeling_mod import MoDLlamaForCausalLM, MoDMistralForCausalLM, MoDQwen2ForCausalLM, MoDQwen3ForCausalLM
 from .modeling_moe_mod import (
     MoDDeepseekV2ForCausalLM,
@@ -595,6 +595,7 @@ def load_mod_model(directory: str | Path, settings: MoDSettings | None = None, *
     config = read_config(directory)
     model_class = model_class_for(config)
     check_base_weights(directory, config)
+    check_adapter(directory)
     settings = settings or make_settings(config)
     if is_mod(config):
         _refuse_other_routing(directory, MoDSettings.from_dict(config["mod"]), settings)
@@ -646,9 +647,13 @@ def _config_object(config: dict[str, Any], settings: MoDSettings):
         if config.get(name) is not None and not isinstance(known, torch.dtype):
             raise UserError(f"config.json: {name} is {config[name]!r}; allowed are float32, bfloat16, float16, float64")
     try:
-        return model_class_for(config).config_class(**values, mod=settings.to_dict())
+        made = model_class_for(config).config_class(**values, mod=settings.to_dict())
     except Exception as error:  # it is a user's file, and each check of transformers has an error of its own
         raise UserError(f"config.json: {_reason(error)}") from None
+    window = getattr(made, "sliding_window", None)
+    if window is not None and (type(window) is not int or window < 1):  # checked nowhere before a cache is cut by it
+        raise UserError(f"config.json: sliding_window is {window!r}, not a whole number above 0, or null")
+    return made
 
 
 def complete_config(config: dict[str, Any], settings: MoDSettings) -> dict[str, Any]:
@@ -668,6 +673,7 @@ def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Modul
     config_object = _config_object(config, settings)
     try:
         with torch.device("meta"):
+            DynamicCache(config=config_object)  # knows the types of layers
             return model_class_for(config)(config_object)
     except Exception as error:  # as above
         raise UserError(f"config.json: no model can be made of it: {_reason(error)}") from None

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from utils.io.errors import UserError, suggest
-from utils.io.files import atomic_file, write_json
+from utils.io.files import atomic_file, read_json, write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -48,6 +49,32 @@ class Adapter:
 def holds_adapter(directory: str | Path) -> bool:
     """Tell whether a model directory has an adapter in it."""
     return (Path(directory) / ADAPTER_CONFIG).exists()
+
+
+def check_adapter(directory: str | Path) -> None:
+    """Refuse an adapter, where there is one, that peft could not load; reads no weights.
+
+    Raises:
+        UserError: a file of it is missing or damaged, or it is of a kind that peft doesn't know.
+    """
+    if not holds_adapter(directory):
+        return
+    from peft import PeftConfig
+
+    config, weights = Path(directory) / ADAPTER_CONFIG, Path(directory) / ADAPTER_WEIGHTS
+    if "peft_type" not in read_json(config):
+        raise UserError(f"{config}: no adapter's, it names no peft_type")
+    try:
+        PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # it is a user's file, and each check of peft has an error of its own
+        raise UserError(f"{config}: no adapter that peft can load: {error!r}") from None
+    if not weights.is_file():
+        raise UserError(f"{directory}: no {ADAPTER_WEIGHTS} there beside {ADAPTER_CONFIG}")
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{weights}: not a whole safetensors file: {error}") from None
 
 
 def add_lora(

@@ -52,6 +52,11 @@ def check_accelerate_variables() -> None:
         value = os.environ.get(name)
         if value is not None and value.lower() not in values:
             raise UserError(f"{name}={value} in the environment: allowed are {', '.join(values)}; or unset it")
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError:
+        raise UserError(f"ACCELERATE_TORCH_DEVICE={device} in the environment: no device of torch; unset it") from None
 
 
 def deepspeed_was_asked_for() -> bool:
