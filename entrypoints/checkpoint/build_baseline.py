@@ -261,7 +261,7 @@ def measure(model, tokenizer, held_out_rows, batches, prompts, collate) -> dict:
     from utils.pipeline.held_out import held_out_results
 
     results = {"held_out": held_out_results(model, batches)}
-    speed = forward_speed(model, middling_batches(held_out_rows, collate))
+    speed = forward_speed(model, middling_batches(held_out_rows, collate), progress=True)
     results["forward_tokens_per_second"] = {name: speed[name] for name in ("dense", "routed", "ratio")}
     if prompts:
         with tqdm(total=len(prompts), desc="answering prompts", unit="prompt", disable=None) as bar:

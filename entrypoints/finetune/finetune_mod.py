@@ -346,13 +346,13 @@ def measure(trainer, eval_set, prompts):
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         logging.warning("weights are in parts: forward speed and figures of use are not measured")
         return results | {"forward_tokens_per_second": None}
-    speed = forward_speed(model, middling_batches(eval_set, trainer.data_collator), capacities=others)
+    show = not trainer.args.disable_tqdm
+    speed = forward_speed(model, middling_batches(eval_set, trainer.data_collator), capacities=others, progress=show)
     at = speed.pop("ratio_at")
     results["forward_tokens_per_second"] = speed
     for capacity in others:
         results["capacities"][str(capacity)]["forward_ratio"] = at[capacity]
     if prompts:
-        show = not trainer.args.disable_tqdm
         with tqdm(total=len(prompts), desc="answering prompts", unit="prompt", disable=not show) as bar:
             use = figures_of_use(model, trainer.processing_class, prompts, progress=bar.update, capacities=others)
         for capacity, figures in use.pop("use_at").items():

@@ -21,7 +21,17 @@ from transformers import DynamicCache
 from utils.io.errors import UserError
 from utils.model.checkpoint import add_substitutes, load_substitutes, save_substitutes, substitute_parameters
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
-from utils.pipeline.substitutes import BranchMoments, Moments, check_enough, fit, rows_to_fit, solve
+from utils.pipeline.substitutes import (
+    BranchExamples,
+    BranchMoments,
+    Moments,
+    check_enough,
+    common_beginning,
+    fit,
+    missed_of_beginning,
+    rows_to_fit,
+    solve,
+)
 
 LOGITS_BOUND = 2e-5
 """Float32: a matrix product over fewer rows may sum in another order."""
@@ -201,7 +211,7 @@ class TestTheFit:
         inputs = torch.randn(4000, 16, generator=generator)
         moments = Moments.zero(16, torch.device("cpu"))
         for part in inputs.split(500):
-            moments.add(part, part @ (left @ right).T + 2.0)
+            moments.add(part, part @ (left @ right).T + 2.0, torch.ones(500))
         fitted, left_over = solve(moments, rank=3)
         assert left_over < 1e-3
         found = fitted["up"] @ fitted["down"]
@@ -213,7 +223,7 @@ class TestTheFit:
         inputs = torch.randn(600, 6, generator=generator, dtype=torch.float64) * torch.arange(1, 7)
         outputs = torch.tanh(inputs @ torch.randn(6, 6, generator=generator, dtype=torch.float64))
         moments = Moments.zero(6, torch.device("cpu"))
-        moments.add(inputs, outputs)
+        moments.add(inputs, outputs, torch.ones(600))
         _, left = solve(moments, rank=2)
         variance = ((outputs - outputs.mean(dim=0)) ** 2).sum()
         for seed in range(3):
@@ -238,9 +248,10 @@ class TestTheFit:
     def test_moments_are_of_real_tokens_input_and_output_of_what_is_gated(self, arch, granularity):
         _, model = make_pair(arch, granularity, layers=(2,), substitute=SUBSTITUTE)
         input_ids, mask = pad(texts((7, 4)), "right")
-        with torch.no_grad(), BranchMoments(model) as branches:
-            for batch in branches.following([{"input_ids": input_ids, "attention_mask": mask}]):
-                model(**batch, route=False)
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        branches = BranchMoments(model)
+        branches.read([batch, batch])
+        with torch.no_grad():
             kept = model(input_ids, attention_mask=mask, output_hidden_states=True, route=False).hidden_states
             layer = model.model.layers[2]
             entered, left = kept[2][mask.bool()], kept[3][mask.bool()]
@@ -272,6 +283,48 @@ class TestTheFit:
         assert {layer: list(of) for layer, of in fitted.items()} == {layer: ["down", "up", "bias"] for layer in LAYERS}
         found = fitted[LAYERS[-1]]["up"] @ fitted[LAYERS[-1]]["down"]
         assert (found - linear.weight).norm() < 0.1 * linear.weight.norm()
+
+    def test_what_all_rows_begin_with_is_fitted_closest(self):
+        _, model = make_pair("llama", "mlp_token", substitute={"kind": "linear", "rank": 6})
+        beginning, rows = texts([4])[0], texts([30] * 40)
+        rows = [torch.cat([beginning, row]) for row in rows]
+        apart = [pad(rows[:20], "right"), pad(rows[20:], "right")]
+        batches = [{"input_ids": ids, "attention_mask": mask} for ids, mask in apart]
+        assert common_beginning(batches) == 4
+        assert common_beginning([{name: values[:1] for name, values in batches[0].items()}]) == 0
+        last = LAYERS[-1]
+        seen = {}
+        handle = model.model.layers[last].mlp.register_forward_hook(
+            lambda module, args, output: seen.update(inputs=args[0], outputs=output)
+        )
+        fitted = fit(model, batches)[last]
+        handle.remove()
+        missed = seen["outputs"] - (seen["inputs"] @ fitted["down"].T @ fitted["up"].T + fitted["bias"])
+        share = missed.norm(dim=-1) / seen["outputs"].norm(dim=-1)
+        assert share[:, :4].mean() < 0.25 * share[:, 4:].mean()
+
+    def test_what_is_missed_of_the_beginning_is_told(self):
+        _, model = make_pair("llama", "mlp_token", substitute=SUBSTITUTE)
+        input_ids = texts([6])[0][None]
+        branches = BranchExamples(model)
+        branches.read([{"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}])
+        with torch.no_grad():
+            states = model(input_ids, route=False, output_hidden_states=True).hidden_states
+        shares = []
+        for layer in LAYERS:
+            inputs, outputs = branches.examples[layer]
+            assert inputs.shape == outputs.shape == (6, HIDDEN_SIZE)
+            block, substitute = model.model.layers[layer], model.substitute_modules()[layer]
+            torch.testing.assert_close(outputs, block.mlp(inputs))
+            if layer < 3:  # the last hidden states are normed
+                after = states[layer + 1][0] - outputs
+                torch.testing.assert_close(inputs, block.post_attention_layernorm(after), atol=1e-4, rtol=1e-4)
+            missed = (outputs - substitute(inputs)).norm(dim=-1) / outputs.norm(dim=-1)
+            shares.append((missed**2).mean())
+        missed = missed_of_beginning(model, branches.examples)
+        torch.testing.assert_close(missed, torch.stack(shares).mean())
+        missed.backward()
+        assert all(module.bias.grad.abs().sum() > 0 for module in model.substitute_modules().values())
 
     def test_too_few_rows_say_how_many_are_needed(self):
         check_enough([16, 16], 32)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 
 @torch.inference_mode()
@@ -17,6 +18,7 @@ def forward_speed(
     batches: Sequence[dict[str, torch.Tensor]],
     repeats: int = 3,
     capacities: Sequence[float] = (),
+    progress: bool = False,
 ) -> dict[str, float | dict[float, float]]:
     """Time forward passes over `batches`, dense and routed in turn.
 
@@ -25,6 +27,7 @@ def forward_speed(
         batches: each with `input_ids` and `attention_mask`, int64 [batch, tokens].
         repeats: counted passes of each kind, after one that is not counted.
         capacities: other capacities of the model, timed in turn with the rest.
+        progress: show a bar.
 
     Returns:
         `dense` and `routed`: real tokens per second, medians; `ratio`: routed over dense, the median over the repeats,
@@ -38,19 +41,19 @@ def forward_speed(
     kinds = ("dense", "routed", *capacities)
     walls: dict[str | float, list[float]] = {kind: [] for kind in kinds}
     costs: dict[str | float, list[float]] = {kind: [] for kind in kinds}
+    passes = tqdm(kinds * (repeats + 1), desc="timing forwards", unit="pass", disable=not progress)
     try:
-        for _ in range(repeats + 1):
-            for kind in kinds:
-                model.set_mod_settings(settings)
-                if kind in capacities:
-                    model.set_capacity(kind)
-                _synchronize(device)
-                wall, cost = time.perf_counter(), clock()
-                for batch in batches:
-                    model(**batch, route=kind != "dense", use_cache=False)
-                _synchronize(device)
-                walls[kind].append(time.perf_counter() - wall)
-                costs[kind].append(clock() - cost)
+        for kind in passes:
+            model.set_mod_settings(settings)
+            if kind in capacities:
+                model.set_capacity(kind)
+            _synchronize(device)
+            wall, cost = time.perf_counter(), clock()
+            for batch in batches:
+                model(**batch, route=kind != "dense", use_cache=False)
+            _synchronize(device)
+            walls[kind].append(time.perf_counter() - wall)
+            costs[kind].append(clock() - cost)
     finally:
         model.set_mod_settings(settings)
     ratios = {

@@ -14,8 +14,9 @@ from utils.model.generation import generation_by
 
 from .batches import IGNORE_INDEX
 
-NEW_TOKENS = 32
-"""Tokens of an answer, at most."""
+NEW_TOKENS = 16, 24, 32, 40
+"""Tokens of an answer, at most, in turn from prompt to prompt: what is executed follows from the length of the answers
+too, and a chat has short ones and long ones."""
 SHORT_PROMPTS = 24
 """Prompts that the capacity of tokens is calibrated on."""
 
@@ -57,7 +58,7 @@ def answered(
     model: nn.Module,
     rows: Sequence[Mapping[str, list[int]]],
     ends: Collection[int],
-    new_tokens: int = NEW_TOKENS,
+    new_tokens: Sequence[int] = NEW_TOKENS,
     batch_size: int = 32,
     progress: bool = False,
 ) -> list[dict[str, list[int]]]:
@@ -67,7 +68,7 @@ def answered(
         model: a routed model.
         rows: `input_ids` and `labels`, -100 where unsupervised; the prompt is what comes before the first label.
         ends: tokens that end an answer.
-        new_tokens: length of an answer, at most.
+        new_tokens: length of an answer, at most; one after the other, and again, in the order of what is returned.
         batch_size: rows that are answered at once, alike in length.
         progress: show a bar.
 
@@ -84,7 +85,7 @@ def answered(
         else:
             finished.append({name: list(row[name]) for name in ("input_ids", "labels")})
     prompts.sort(key=len)
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": max(new_tokens), "do_sample": False, "pad_token_id": 0}
     if ends:
         options["eos_token_id"] = sorted(ends)
     model.eval()
@@ -98,7 +99,8 @@ def answered(
             with generation_by(model, **options) as config:
                 texts = model.generate(ids, attention_mask=mask, generation_config=config, route=False)
             texts = texts[:, width:].tolist()
-            for prompt, text in zip(chosen, texts, strict=True):
+            for number, (prompt, text) in enumerate(zip(chosen, texts, strict=True), start):
+                text = text[: new_tokens[number % len(new_tokens)]]
                 end = next((place + 1 for place, token in enumerate(text) if token in ends), len(text))
                 finished.append({"input_ids": prompt + text[:end], "labels": [IGNORE_INDEX] * len(prompt) + text[:end]})
     finally:

@@ -28,7 +28,7 @@ from .losses import capacity_hinge, executed_inputs, next_token_nll, over_router
 from .metrics import RoutingMeter
 from .processes import Termination
 from .regression_control import RegressionControl
-from .substitutes import fit, rows_to_fit
+from .substitutes import MISSED_WEIGHT, BranchExamples, common_beginning, fit, missed_of_beginning, rows_to_fit
 from .training_checkpoint import TrainingCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._ends: Collection[int] = ()
         self._is_answered = False
         self._weights_of_parts = 1.0, 1.0  # of prompts and of answers
+        self._beginning: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}  # examples that substitutes are held to
         weights = capacity_weights(config := self.model.config.to_dict(), settings)
         self._meters = {mode: RoutingMeter(config, settings, self.args.device) for mode in ("train", "eval")}
         self._of_routers = None  # what their inputs count in a capacity, float32 [routers]; None for all alike
@@ -171,10 +172,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
-        rule = real = teacher = None
+        rule = teacher = None
+        real = inputs.get("real")
         mask, targets = inputs.get("attention_mask"), inputs["targets"]
         if self.capacity_control is not None:
-            real = inputs.get("real")
             rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real)
         outputs = self._forward(model, inputs, rule)
         if self._teacher is not None:
@@ -198,6 +199,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
             kept = kept if real is None else kept * real
             share = over_routers(kept, self._of_routers).sum() * processes / self._window_inputs
             loss = loss + self.capacity_control.loss(share.float())
+        if self._beginning:
+            rows = len(inputs["labels"]) if real is None else real.sum()
+            missed = missed_of_beginning(self.model, self._beginning)
+            loss = loss + MISSED_WEIGHT * missed * rows / self._window_sequences
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model, inputs, rule=None):
@@ -247,6 +252,7 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if isinstance(self.capacity_control, BudgetControl) and len(self._calibration):
             weigh_to, there = prompt_share(self._answered()), prompt_share(self.train_dataset)
             self._weights_of_parts = weigh_to / there, (1 - weigh_to) / (1 - there)
+        self._hold_beginning()
         if self.state.global_step:
             return
         self._fit_substitutes()
@@ -273,6 +279,26 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         first = [self.train_dataset[row] for row in range(rows)]
         return self._router_batches(first, self.args.per_device_eval_batch_size)
 
+    def _hold_beginning(self) -> None:
+        """Hold substitutes that train to the branches of what all rows begin with, where those do not change."""
+        parameters = [p for module in self.model.substitute_modules().values() for p in module.parameters()]
+        if not (self.args.router_only and any(p.requires_grad for p in parameters)) or self.args.use_lora:
+            return
+        batches = list(self._first_batches(self._rows_to_fit()))
+        tokens = common_beginning(batches)
+        if not tokens:
+            return
+        first = {name: batches[0][name][:1, :tokens] for name in ("input_ids", "attention_mask")}
+        branches = BranchExamples(self.model)
+        training = self.model.training
+        self.model.eval()
+        branches.read([first])
+        self.model.train(training)
+        self._beginning = branches.examples
+
+    def _rows_to_fit(self) -> int:
+        return rows_to_fit((len(row["input_ids"]) for row in self.train_dataset), self.model.config.hidden_size)
+
     @torch.no_grad()
     def _fit_substitutes(self) -> None:
         """Set the substitutes to the closed-form fit, unless they were trained already; every process must call it."""
@@ -281,9 +307,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         with whole_parameters(parameters):
             if not parameters or any(parameter.any() for parameter in parameters):
                 return
-        rows = rows_to_fit((len(row["input_ids"]) for row in self.train_dataset), self.model.config.hidden_size)
         show = self.is_world_process_zero() and not self.args.disable_tqdm
-        fitted = fit(self.model, list(self._first_batches(rows)), progress=show)
+        fitted = fit(self.model, list(self._first_batches(self._rows_to_fit())), progress=show)
         for layer, substitute in substitutes.items():
             for name, parameter in substitute.named_parameters():
                 self.set_parameter(parameter, broadcast(fitted[layer][name]))

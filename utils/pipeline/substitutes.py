@@ -8,10 +8,16 @@ regression). It is a start: training goes on from it, together with the routers 
 
 For experts `F` is what a layer's experts return together for a token, `sum_i G_i E_i / sum_i G_i`, each token counting
 with the square of `sum_i G_i`.
+
+**The common beginning.** Tokens that all rows begin with, as a chat template's system message, count
+`BEGINNING_WEIGHT` times. Their states are the same in every row: a map of low rank can hold them nearly exactly,
+and whatever comes later attends to them. The loss of answers says little about them, so training would let go of what
+the fit had: what the maps miss of the branches there, `sum |F(x_i) - S(x_i)|^2 / |F(x_i)|^2`, is a part of its loss.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +34,10 @@ RIDGE = 1e-2
 """Strength of the ridge, in units of the inputs' mean variance."""
 TOKENS_PER_FEATURE = 8
 """Tokens that a fit takes, as far as there are so many, for each feature of the hidden states."""
+BEGINNING_WEIGHT = 16.0
+"""How many times a token counts that all rows begin with."""
+MISSED_WEIGHT = 5.0
+"""Weight of `missed_of_beginning` in the loss of training."""
 RANK_SHARE = {"attn": 12, "mlp": 9, "block": 8, "expert": 9}
 """What is gated -> hidden size over default rank, by which a substitute computes a few percent of its branch."""
 
@@ -76,11 +86,8 @@ def fit(
     """
     settings, training = model.config.mod_settings, model.training
     model.eval()
-    with BranchMoments(model) as branches:
-        bar = tqdm(batches, desc="reading branches for substitutes", unit="batch", disable=not progress)
-        for batch in branches.following(bar):
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            model(**inputs, route=False, use_cache=False, logits_to_keep=1)
+    branches = BranchMoments(model, common_beginning(batches))
+    branches.read(tqdm(batches, desc="reading branches for substitutes", unit="batch", disable=not progress))
     model.train(training)
     ranks = {place: settings.substitute_rank(place) for place in settings.places}
     fitted, left = solve_all(branches.moments, ranks, progress)
@@ -90,6 +97,23 @@ def fit(
         " ".join(f"{share:.2f}" for share in left.values()),
     )
     return {layer: {name: value.float().contiguous() for name, value in of.items()} for layer, of in fitted.items()}
+
+
+def common_beginning(batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
+    """Return how many tokens all rows begin with; 0 of a single row.
+
+    Args:
+        batches: `input_ids` and `attention_mask`, int64 [batch, tokens], padded on the right.
+    """
+    first, rows, common = None, 0, 0
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            row, rows = ids[mask.bool()].tolist(), rows + 1
+            if first is None:
+                first, common = row, len(row)
+            pairs = zip(first[:common], row[:common], strict=False)
+            common = next((place for place, (a, b) in enumerate(pairs) if a != b), min(common, len(row)))
+    return common if rows > 1 else 0
 
 
 @dataclass
@@ -117,11 +141,11 @@ class Moments:
         shapes = (), (hidden_size,), (hidden_size,), (hidden_size, hidden_size), (hidden_size, hidden_size), ()
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
-    def add(self, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens: inputs and outputs [tokens, hidden_size], weights [tokens] or None for 1."""
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add tokens: inputs and outputs [tokens, hidden_size], weights [tokens]."""
         x, y = inputs.float(), outputs.float()
-        weighed_x, weighed_y = (x, y) if weights is None else (x * weights[:, None], y * weights[:, None])
-        self.weight += len(x) if weights is None else weights.sum()
+        weighed_x, weighed_y = x * weights[:, None], y * weights[:, None]
+        self.weight += weights.sum()
         self.inputs += weighed_x.sum(dim=0)
         self.outputs += weighed_y.sum(dim=0)
         self.products += weighed_x.T @ x
@@ -129,33 +153,45 @@ class Moments:
         self.squares += (weighed_y * y).sum()
 
 
-class BranchMoments:
-    """Collects the moments of the routed branches in the forwards within its block.
-
-    Use it as `with BranchMoments(model) as branches: for batch in branches.following(batches): model(...)`; forwards
-    keep every input.
+class RoutedBranches(ABC):
+    """Reads what goes into the routed branches of the dense model, and what comes out.
 
     Args:
         model: a routed model.
+        beginning: tokens, the first ones of each row, that count `BEGINNING_WEIGHT` times.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, beginning: int = 0):
         self.model = model
+        self.beginning = beginning
         self.settings = model.config.mod_settings
-        routers = model.router_modules()
-        size = model.config.hidden_size
-        self.moments = {place: Moments.zero(size, router.weight.device) for place, router in routers.items()}
         self._mask: torch.Tensor | None = None  # bool [batch * tokens], of the batch that is running
+        self._weights: torch.Tensor | None = None  # float32 [tokens that are real], likewise
         self._attended: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles: list[Any] = []
 
-    def following(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Yield batches, whose `attention_mask` says which of their tokens are real."""
-        for batch in batches:
-            self._mask = batch["attention_mask"].flatten().bool()
-            yield batch
+    @abstractmethod
+    def take(self, place: Place, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> None:
+        """Take a batch's real tokens: inputs and outputs [tokens, hidden_size], float32 weights [tokens]."""
 
-    def __enter__(self) -> "BranchMoments":
+    @torch.no_grad()
+    def read(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        """Run the dense model on batches of `input_ids` and `attention_mask`, padded on the right."""
+        self._hook()
+        try:
+            for batch in batches:
+                ids, mask = batch["input_ids"], batch["attention_mask"]
+                weights = torch.ones_like(mask, dtype=torch.float32)
+                weights[:, : self.beginning] = BEGINNING_WEIGHT
+                self._mask = mask.flatten().bool()
+                self._weights = weights.flatten()[self._mask]
+                self.model(input_ids=ids, attention_mask=mask, route=False, use_cache=False, logits_to_keep=1)
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    def _hook(self) -> None:
         for place in self.settings.places:
             layer, branch = self.model.get_decoder().layers[layer_of(place)], self.settings.branch_of(place)
             if branch == "expert":
@@ -166,16 +202,10 @@ class BranchMoments:
                 self._handles.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
             if branch != "attn":
                 self._handles.append(layer.mlp.register_forward_hook(self._of_mlp(place, branch)))
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _add(self, place: Place, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         inputs, outputs = (values.detach().flatten(0, 1)[self._mask] for values in (inputs, outputs))
-        self.moments[place].add(inputs, outputs)
+        self.take(place, inputs, outputs, self._weights)
 
     def _of_attention(self, place: Place, branch: str):
         def hook(module, args, kwargs, output):
@@ -202,9 +232,47 @@ class BranchMoments:
             tokens, _, weights = args
             tokens, output, total = (values.detach()[self._mask] for values in (tokens, output, weights.sum(dim=-1)))
             total = total.float().clamp(min=1e-6)
-            self.moments[place].add(tokens, output / total[:, None], total**2)
+            self.take(place, tokens, output / total[:, None], total**2 * self._weights)
 
         return hook
+
+
+class BranchMoments(RoutedBranches):
+    """Sums up moments: `moments`, place -> `Moments`."""
+
+    def __init__(self, model: nn.Module, beginning: int = 0):
+        super().__init__(model, beginning)
+        size, routers = model.config.hidden_size, model.router_modules()
+        self.moments = {place: Moments.zero(size, router.weight.device) for place, router in routers.items()}
+
+    def take(self, place: Place, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> None:
+        self.moments[place].add(inputs, outputs, weights)
+
+
+class BranchExamples(RoutedBranches):
+    """Keeps what it reads, of a few tokens: `examples`, place -> inputs, outputs, both [tokens, hidden_size]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.examples: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take(self, place: Place, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> None:
+        self.examples[place] = inputs, outputs.float()
+
+
+def missed_of_beginning(model: nn.Module, examples: Mapping[Place, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return the mean over branches and tokens of `|F(x) - S(x)|^2 / |F(x)|^2`, float32 [].
+
+    Args:
+        model: a routed model with substitutes.
+        examples: place -> `x` and `F(x)`, [tokens, hidden_size].
+    """
+    shares = []
+    for place, substitute in model.substitute_modules().items():
+        inputs, outputs = examples[place]
+        missed = (substitute(inputs).float() - outputs).square().sum(dim=-1)
+        shares.append((missed / outputs.square().sum(dim=-1).clamp(min=1e-12)).mean())
+    return torch.stack(shares).mean()
 
 
 def solve(moments: Moments, rank: int) -> tuple[dict[str, torch.Tensor], float]:
