@@ -38,11 +38,11 @@ def test_prompts_are_answered_as_the_dense_model_answers_each_alone():
 def test_what_a_models_files_say_of_generation_does_not_enter():
     _, model = make_pair("llama", "block_token")
     rows = [row(text.tolist(), [7]) for text in texts((5, 3))]
-    expected = answered(model, rows, {199}, new_tokens=4)
+    expected = answered(model, rows, {199}, new_tokens=(4,))
     odd = {"num_beams": 3, "num_return_sequences": 2, "repetition_penalty": 9.0, "cache_implementation": "static"}
     model.generation_config = own = GenerationConfig(**odd, return_dict_in_generate=True, suppress_tokens=[*range(90)])
     before = own.to_dict()
-    assert answered(model, rows, {199}, new_tokens=4) == expected
+    assert answered(model, rows, {199}, new_tokens=(4,)) == expected
     with generation_by(model, do_sample=False), pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(torch.tensor([[5]]), max_new_tokens=-1)
     assert model.generation_config is own
