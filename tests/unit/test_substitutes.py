@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from model_zoo import (
     HIDDEN_SIZE,
     LAYERS,
+    NUM_LAYERS,
     all_pairs,
     make_pair,
     pad,
@@ -16,12 +18,26 @@ from model_zoo import (
     texts,
 )
 from safetensors.torch import load_file
-from transformers import DynamicCache
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from utils.io.errors import UserError
-from utils.model.checkpoint import add_substitutes, load_substitutes, save_substitutes, substitute_parameters
+from utils.model.checkpoint import (
+    add_substitutes,
+    build_mod_checkpoint,
+    load_mod_model,
+    load_substitutes,
+    make_settings,
+    read_config,
+    read_substitutes,
+    save_substitutes,
+    substitute_parameters,
+    write_checkpoint,
+)
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
 from utils.pipeline.substitutes import (
+    BEGINNING_WEIGHT,
     BranchExamples,
     BranchMoments,
     Moments,
@@ -73,6 +89,28 @@ def test_generation_equals_the_dense_specification_with_cache_beams_and_padding(
             for execution in ("dense", "sparse")
         )
         assert torch.equal(dense, sparse)
+
+
+@every_granularity
+def test_drafts_change_no_answer(granularity):
+    model = substituted("llama", granularity)
+    prompt = texts((9,))[0].repeat(2)[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(prompt, **options)
+    assert model.generate(prompt, prompt_lookup_num_tokens=3, **options).equal(alone)
+    assert model.generate(prompt, assistant_model=make_pair("llama", granularity)[0], **options).equal(alone)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "block_token"])
+def test_on_a_split_model_they_run_where_their_layer_does(granularity, tmp_path):
+    model, tokens = substituted("llama", granularity), random_tokens(2, 9)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        places |= {f"model.layers.{layer}": "disk" if layer in LAYERS else "cpu" for layer in range(NUM_LAYERS)}
+        split = dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+        assert split.substitute_modules()[LAYERS[0]].down.is_meta
+        torch.testing.assert_close(split(tokens).logits, expected, atol=LOGITS_BOUND, rtol=1e-5)
 
 
 @every_granularity
@@ -191,6 +229,50 @@ class TestTheFile:
             load_substitutes(model, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fitted")
+    base, model = make_pair("llama", "attn_token", substitute=SUBSTITUTE)
+    base.save_pretrained(root / "base")
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(root / "base")
+    maps = substitute_parameters(randomize_substitutes(model))
+    routers = {f"model.layers.{layer}.router.weight": torch.zeros(1, HIDDEN_SIZE) for layer in LAYERS}
+    write_checkpoint(root / "fitted", root / "base", model.mod_settings, routers, substitutes=maps)
+    return root / "fitted"
+
+
+class TestACheckpoint:
+    """Its routers are at zero, as a static baseline's are: the maps are for what they were fitted to all the same."""
+
+    @pytest.mark.parametrize("other", [{"granularity": "mlp_token"}, {"mod_n": 2}, {"mod_n": 5}])
+    def test_maps_are_for_no_other_routing(self, fitted, other):
+        settings = make_settings(read_config(fitted), **other)
+        assert settings.substitute is None
+        with pytest.raises(UserError, match=r"holds substitutes for attn_token of layers \[1, 3, 4\]; train from the"):
+            load_mod_model(fitted, settings)
+
+    def test_a_new_checkpoint_by_its_config_has_nothing_that_was_trained(self, fitted, tmp_path, caplog):
+        table = [{"capacity": 0.75, "threshold": [0.4] * 3}]
+        config = read_config(fitted)
+        config["mod"] |= {"threshold": [0.6] * 3, "capacities": table, "sequence_pooling": "prompt"}
+        build_mod_checkpoint(fitted.parent / "base", tmp_path, make_settings(config))
+        built = load_mod_model(tmp_path).mod_settings
+        assert (built.substitute, built.capacities, built.sequence_pooling, built.threshold) == (None, None, None, 0.5)
+        assert "capacities, sequence_pooling, substitute, threshold" in caplog.text
+
+    def test_maps_are_found_beside_their_routers_and_where_transformers_saves_them(self, fitted, tmp_path):
+        model = load_mod_model(fitted)
+        model.save_pretrained(tmp_path / "saved")
+        for path in (fitted, fitted / "routers.safetensors", fitted / "substitutes.safetensors", "saved"):
+            found, metadata = read_substitutes(tmp_path / path)
+            assert json.loads(metadata["substitute"]) == SUBSTITUTE
+            assert metadata["granularity"] == "attn_token"
+            for name, parameter in substitute_parameters(model).items():
+                assert found[name].equal(parameter)
+        assert read_substitutes(fitted.parent / "base") == ({}, {})
+
+
 def test_substitutes_that_are_added_are_at_zero_and_change_nothing():
     _, model = make_pair("llama", "block_token")
     tokens = random_tokens(2, 9)
@@ -202,6 +284,29 @@ def test_substitutes_that_are_added_are_at_zero_and_change_nothing():
     assert model.config.mod["substitute"] == SUBSTITUTE
     with pytest.raises(UserError, match="between 1 and the hidden size"):
         add_substitutes(model, {"kind": "linear", "rank": 33})
+
+
+def branch_by_hand(model, target, hidden_states, real):
+    """Return what the branch of layer 2 reads and returns, both [real tokens, hidden size], and how tokens count."""
+    layer = model.model.layers[2]
+    normed = layer.input_layernorm(hidden_states)
+    positions = torch.arange(hidden_states.shape[1])[None]
+    attention = layer.self_attn(
+        hidden_states=normed, position_embeddings=model.model.rotary_emb(normed, positions), attention_mask=None
+    )[0]
+    between = layer.post_attention_layernorm(hidden_states + attention)
+    ones = torch.ones(int(real.sum()))
+    if target == "attn":
+        return normed[real], attention[real], ones
+    if target == "expert":
+        tokens = between[real]
+        _, weights, chosen = layer.mlp.gate(tokens)
+        total = weights.sum(dim=-1)
+        return tokens, layer.mlp.experts(tokens, chosen, weights) / total[:, None], total**2
+    mlp = layer.mlp(between)
+    if target == "mlp":
+        return between[real], mlp[real], ones
+    return normed[real], (attention + mlp)[real], ones
 
 
 class TestTheFit:
@@ -249,28 +354,18 @@ class TestTheFit:
         _, model = make_pair(arch, granularity, layers=(2,), substitute=SUBSTITUTE)
         input_ids, mask = pad(texts((7, 4)), "right")
         batch = {"input_ids": input_ids, "attention_mask": mask}
-        branches = BranchMoments(model)
-        branches.read([batch, batch])
+        branches = BranchMoments(model, beginning=2)
+        branches.read([batch])
+        counts = torch.where(torch.arange(7) < 2, BEGINNING_WEIGHT, 1.0).expand_as(mask)[mask.bool()]
         with torch.no_grad():
-            kept = model(input_ids, attention_mask=mask, output_hidden_states=True, route=False).hidden_states
-            layer = model.model.layers[2]
-            entered, left = kept[2][mask.bool()], kept[3][mask.bool()]
-        if granularity.startswith("attn_mlp"):
-            of_attention, of_mlp = branches.moments[2, "attn"], branches.moments[2, "mlp"]
-            change = 2 * (left - entered).sum(dim=0)
-            together = (of_attention.outputs + of_mlp.outputs).float()
-            torch.testing.assert_close(together, change, atol=1e-4, rtol=1e-4)
-            assert of_mlp.weight == 2 * 11
-        moments = branches.moments[model.config.mod_settings.places[0]]
-        if granularity.startswith("block"):
-            torch.testing.assert_close(moments.outputs.float(), 2 * (left - entered).sum(dim=0), atol=1e-4, rtol=1e-4)
-        if granularity.split("_")[0] in ("attn", "block"):
-            normed = layer.input_layernorm(entered)
-            torch.testing.assert_close(moments.inputs.float(), 2 * normed.sum(dim=0), atol=1e-4, rtol=1e-4)
-        assert moments.products.shape == (HIDDEN_SIZE, HIDDEN_SIZE)
-        assert moments.squares > 0
-        if granularity != "expert_token":
-            assert moments.weight == 2 * 11
+            entered = model(**batch, output_hidden_states=True, route=False).hidden_states[2]
+            for place in model.mod_settings.places:
+                expected = Moments.zero(HIDDEN_SIZE, torch.device("cpu"))
+                branch = model.mod_settings.branch_of(place)
+                inputs, outputs, weights = branch_by_hand(model, branch, entered, mask.bool())
+                expected.add(inputs, outputs, weights * counts)
+                for name, value in vars(branches.moments[place]).items():
+                    torch.testing.assert_close(value, vars(expected)[name], atol=1e-4, rtol=1e-4, msg=f"{place} {name}")
 
     def test_the_branches_of_the_dense_model_are_what_is_fitted(self):
         _, model = make_pair("llama", "mlp_token", substitute={"kind": "linear", "rank": HIDDEN_SIZE}, threshold=0.9)

@@ -158,8 +158,8 @@ def make_settings(
                     f"; layers {kept} keep theirs" if kept else "",
                 )
         others = (given.get(name, getattr(settings, name)) for name in ("granularity", "layers"))
-        if tuple(others) != (settings.granularity, settings.layers):  # these were calibrated for no others either
-            given |= {"capacities": None, "sequence_pooling": None}
+        if tuple(others) != (settings.granularity, settings.layers):  # these are for no others either
+            given |= {"capacities": None, "sequence_pooling": None, "substitute": None}
         settings = replace(settings, **given)
         if settings.granularity == EXPERT_GRANULARITY:
             _config_object(config, settings)  # knows which layers have experts
@@ -342,30 +342,66 @@ def save_substitutes(path: str | Path, substitutes: Mapping[str, torch.Tensor], 
 
 
 def load_substitutes(model: torch.nn.Module, path: str | Path) -> None:
-    """Load a file of substitutes, or that of a directory, into a `model` that has substitutes of the same ranks.
+    """Load the substitutes that belong to `path` into a `model` that has substitutes of the same ranks.
+
+    Args:
+        path: as `read_substitutes` takes it.
 
     Raises:
-        UserError: there is no such file, or it is for other layers, another granularity, rank or hidden size.
+        UserError: there are none, or they are for other layers, another granularity, rank or hidden size.
     """
-    path = Path(path)
-    file_path = path / SUBSTITUTES_FILE if path.is_dir() else path
-    if not file_path.is_file():
-        raise UserError(f"{path}: no {SUBSTITUTES_FILE} there; --substitute none runs without")
     settings = model.config.mod_settings
-    with _open_safetensors(file_path) as file:
-        granularity = (file.metadata() or {}).get("granularity", settings.granularity)
-        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    saved, metadata = read_substitutes(path)
+    if not saved:
+        raise UserError(f"{path}: no {SUBSTITUTES_FILE} there; --substitute none runs without")
+    granularity = metadata.get("granularity", settings.granularity)
     if granularity != settings.granularity:
-        raise UserError(f"{file_path}: substitutes for {granularity}, but this run routes {settings.granularity}")
+        raise UserError(f"{path}: substitutes for {granularity}, but this run routes {settings.granularity}")
     parameters = substitute_parameters(model)
-    _refuse(file_path, "lacks", sorted(set(parameters) - set(saved)))
-    _refuse(file_path, "has the unknown", sorted(set(saved) - set(parameters)))
+    _refuse(Path(path), "lacks", sorted(set(parameters) - set(saved)))
+    _refuse(Path(path), "has the unknown", sorted(set(saved) - set(parameters)))
     with torch.no_grad(), whole_parameters(parameters.values()):
         for name, parameter in parameters.items():
             if saved[name].shape != parameter.shape:
                 got, want = list(saved[name].shape), list(parameter.shape)
-                raise UserError(f"{file_path}: {name} has shape {got}, expected {want}: another rank, or another model")
+                raise UserError(f"{path}: {name} has shape {got}, expected {want}: another rank, or another model")
             parameter.copy_(saved[name])
+
+
+def read_substitutes(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the substitutes that belong to routers, and what `save_substitutes` says of them beside them.
+
+    Args:
+        path: a file of substitutes, a router file that they lie beside, or a directory: one that has either, or a MoD
+            checkpoint that `save_pretrained` has written, with all weights together.
+
+    Returns:
+        Contract name -> tensor, {} where there are none, and the metadata.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    path = Path(path)
+    for file_path in (path, (path if path.is_dir() else path.parent) / SUBSTITUTES_FILE):
+        if file_path.is_file():
+            with _open_safetensors(file_path) as file:
+                names = [name for name in file.keys() if SUBSTITUTE_NAME.match(name)]  # noqa: SIM118
+                if names:
+                    return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    if (path / ROUTERS_FILE).is_file() or not (path / "config.json").is_file():
+        return {}, {}
+    config, substitutes = read_config(path), {}
+    if not is_mod(config):
+        return {}, {}
+    for name, place in weight_map(path).items():
+        if SUBSTITUTE_NAME.match(name):
+            with _open_safetensors(path / place) as file:
+                substitutes[name] = file.get_tensor(name)
+    fields = make_settings(config).to_dict()
+    metadata = {"granularity": fields["granularity"]}
+    if "substitute" in fields:
+        metadata["substitute"] = json.dumps(fields["substitute"])
+    return substitutes, metadata
 
 
 def read_routers(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -440,6 +476,8 @@ def build_mod_checkpoint(
 
     Args:
         base_dir: a dense checkpoint with safetensors weights.
+        settings: what of them belongs to trained routers is left out: thresholds of single layers, other capacities,
+            what a sequence is decided on, substitutes.
         output_dir: made if it is not there; may hold a `config.json`, which is replaced.
         copy_base: copy the base's weights instead of linking them.
 
@@ -453,10 +491,20 @@ def build_mod_checkpoint(
     if is_mod(config):
         raise UserError(f"{base_dir}: already a MoD checkpoint; name its dense base instead")
     load_tokenizer(base_dir)  # it comes from the base: better refused now than at the first training
-    size = config["hidden_size"]
+    size, settings = config["hidden_size"], _untrained(settings)
     rows = _config_object(config, settings).num_experts if settings.granularity == EXPERT_GRANULARITY else 1
     routers = {router_name(place): torch.zeros(rows, size) for place in settings.places}
     return write_checkpoint(output_dir, base_dir, settings, routers, copy_base=copy_base)
+
+
+def _untrained(settings: MoDSettings) -> MoDSettings:
+    """Return the settings without what belongs to trained routers, and log what that was."""
+    dropped = {name: None for name in ("capacities", "sequence_pooling", "substitute") if getattr(settings, name)}
+    if isinstance(settings.threshold, tuple):
+        dropped["threshold"] = 0.5
+    if dropped:
+        logger.warning("left out of the settings, as they belong to trained routers: %s", ", ".join(sorted(dropped)))
+    return replace(settings, **dropped)
 
 
 def write_checkpoint(
@@ -623,8 +671,16 @@ def load_tokenizer(directory: str | Path):
 
 
 def _refuse_other_routing(directory: Path, trained: MoDSettings, settings: MoDSettings) -> None:
-    """Routers mean nothing for another granularity, and must not be dropped unseen; at zero they may."""
+    """Routers mean nothing for another granularity, and must not be dropped unseen; at zero they may.
+
+    Substitutes stand for the branches that they were fitted to.
+    """
     same_granularity = settings.granularity == trained.granularity
+    if trained.substitute is not None and not (same_granularity and settings.layers == trained.layers):
+        raise UserError(
+            f"{directory}: holds substitutes for {trained.granularity} of layers {list(trained.layers)}; train from "
+            f"the dense base to route {settings.granularity} of layers {list(settings.layers)}"
+        )
     if same_granularity and set(trained.layers) <= set(settings.layers):
         return
     for name, file_name in weight_map(directory).items():
