@@ -86,7 +86,7 @@ done
 whole SEED 0 4294967295
 whole PORT 0 65535
 whole MACHINE_RANK 0 1000000
-number TARGET_CAPACITY "x <= 1" "a number from 0 to 1"
+number TARGET_CAPACITY "x > 0 && x <= 1" "a number above 0, and at most 1"
 number TARGET_SKIPPED "x > 0 && x < 1" "a number between 0 and 1"
 number NUM_EPOCHS "x > 0" "a number above 0"
 for field in GRADIENT_SCALE LEARNING_RATE WARMUP WEIGHT_DECAY; do

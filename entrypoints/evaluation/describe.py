@@ -33,8 +33,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, values in (("lengths", arguments.lengths), ("batch", [arguments.batch])):
         if min(values) < 1:
             parser.error(f"--{name} {min(values)} must be at least 1")
-    if arguments.capacity is not None and not 0 <= arguments.capacity <= 1:
-        parser.error(f"--capacity {arguments.capacity} is not between 0 and 1")
+    if arguments.capacity is not None and not 0 < arguments.capacity <= 1:
+        parser.error(f"--capacity {arguments.capacity} must be above 0 and at most 1")
     return arguments
 
 

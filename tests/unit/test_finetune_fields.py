@@ -23,7 +23,7 @@ WRONG = {
     "MOD_N": NO_COUNT,
     "GRANULARITY": ("attn", "attn_tokens", "ATTN_TOKEN", " "),
     "ROUTER_ONLY": ("maybe", "True "),
-    "TARGET_CAPACITY": (*NO_NUMBER, "1.01", "50"),
+    "TARGET_CAPACITY": (*NO_NUMBER, "0", "0.0", "1.01", "50"),
     "TARGET_SKIPPED": (*NO_NUMBER, "1", "0"),
     "RECIPE": ("papers", "Default"),
     "GRADIENT_SCALE": (*NO_NUMBER, "1e999"),

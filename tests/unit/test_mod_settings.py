@@ -3,10 +3,18 @@
 import json
 
 import pytest
-from model_zoo import ARCHITECTURES, NUM_LAYERS, make_base, mod_config
+import torch
+from model_zoo import ARCHITECTURES, NUM_LAYERS, make_base, make_pair, mod_config, random_tokens
 
 from utils.model.checkpoint import make_settings
-from utils.model.configuration_mod import GRANULARITIES, MoDLlamaConfig, MoDSettings, check_choice, routed_layers
+from utils.model.configuration_mod import (
+    ALL_GRANULARITIES,
+    GRANULARITIES,
+    MoDLlamaConfig,
+    MoDSettings,
+    check_choice,
+    routed_layers,
+)
 
 every_architecture = pytest.mark.parametrize("arch", list(ARCHITECTURES))
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -150,6 +158,45 @@ def test_what_was_calibrated_holds_for_the_same_routing_only():
     for others in ({"mod_n": 1}, {"mod_n": 3}, {"granularity": "mlp_sequence"}):
         settings = make_settings(config, **others)
         assert settings.capacities is settings.sequence_pooling is None
+
+
+def test_between_capacities_thresholds_are_between_and_all_is_executed_at_1():
+    table = [{"capacity": 0.5, "threshold": [0.6, 0.7]}, {"capacity": 0.9, "threshold": 0.4}]
+    settings = MoDSettings("mlp_token", (1, 2), capacities=table)
+    first, second = settings.at_capacity(0.7).threshold
+    assert first == pytest.approx(0.5)
+    assert 0.4 < second < 0.7
+    assert settings.at_capacity(0.9).threshold == (0.4, 0.4)
+    with pytest.raises(ValueError, match=r"0.95 is outside .*0.5 to 0.9 \(0.5, 0.9\); 1 executes everything"):
+        settings.at_capacity(0.95)
+    for each in (settings, MoDSettings("mlp_token", (1, 2), threshold=0.7)):
+        everything = each.at_capacity(1.0)
+        assert everything.target_capacity == 1.0
+        assert MoDSettings.from_dict(json.loads(json.dumps(everything.to_dict()))) == everything
+
+
+@pytest.mark.parametrize("granularity", ALL_GRANULARITIES)
+def test_at_capacity_1_no_score_is_too_low(granularity):
+    arch = "olmoe" if granularity == "expert_token" else "llama"
+    _, model = make_pair(arch, granularity)
+    for router in model.router_modules().values():
+        router.weight.data.fill_(-1e6).index_fill_(1, torch.tensor([0]), 1e6)
+    tokens = random_tokens(2, 5)
+    with torch.no_grad():
+        assert model(tokens).router_gates.mean() < 1
+        model.set_capacity(1.0)
+        output = model(tokens)
+        assert output.router_scores.min() == 0
+        assert output.router_gates.min() == 1
+        torch.testing.assert_close(output.logits, model(tokens, route=False).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_nothing_is_known_between_thresholds_out_of_order():
+    table = [{"capacity": 0.5, "threshold": [0.6, 0.3]}, {"capacity": 0.9, "threshold": [0.4, 0.4]}]
+    settings = MoDSettings("mlp_token", (1, 2), capacities=table)
+    assert settings.at_capacity(0.5).threshold == (0.6, 0.3)
+    with pytest.raises(ValueError, match=r"the thresholds of 0.5 and 0.9 fall out of order"):
+        settings.at_capacity(0.7)
 
 
 @pytest.mark.parametrize("pooling", ["prompt", "all", None])

@@ -47,6 +47,10 @@ EXECUTIONS = ("dense", "sparse")
 """`dense` computes everything and multiplies by the mask; `sparse` leaves out what the mask drops."""
 
 
+KEEPS_ALL = 1e-300
+"""A threshold that no score is below: as a float32 it is 0."""
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise `ValueError` naming `value`, the nearest allowed one and all allowed ones, if `value` is not allowed."""
     if value not in allowed:
@@ -81,6 +85,13 @@ def module_name(place: Place, what: str) -> str:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _nowhere_below(one: Any, other: Any) -> bool:
+    """Tell whether no threshold of the one is below the other's, which are as many."""
+    if isinstance(one, tuple):
+        return all(map(_nowhere_below, one, other))
+    return one >= other
 
 
 def _between(low: Any, high: Any, part: float) -> Any:
@@ -185,7 +196,7 @@ class MoDSettings:
         entries = tuple(self.capacities) if isinstance(self.capacities, list | tuple) else ()
         if not all(isinstance(entry, dict) and set(entry) == {"capacity", "threshold"} for entry in entries):
             raise ValueError("mod.capacities must be a list of objects with capacity and threshold, or be left out")
-        entries = tuple({**entry, "threshold": _as_tuples(entry["threshold"])} for entry in entries)
+        entries = tuple({**entry, "threshold": self._of_routers(entry["threshold"])} for entry in entries)
         shares = [entry["capacity"] for entry in entries]
         if not entries or not all(map(_is_number, shares)) or shares != sorted(set(shares)):
             raise ValueError(f"mod.capacities {shares} must be one or more ascending numbers")
@@ -193,30 +204,43 @@ class MoDSettings:
             replace(self, threshold=entry["threshold"], target_capacity=entry["capacity"], capacities=None)
         object.__setattr__(self, "capacities", entries)
 
+    def _of_routers(self, threshold: Any) -> Any:
+        """Return thresholds as a tuple with one for each router, where one number holds for all."""
+        return _as_tuples(threshold) if isinstance(threshold, list | tuple) else (threshold,) * len(self.places)
+
     def at_capacity(self, capacity: float) -> "MoDSettings":
         """Return the settings by which this share of the inputs is executed.
 
-        Between two capacities that were calibrated, thresholds lie between theirs, in logits.
+        Between two capacities that were calibrated, thresholds lie between theirs, in logits. 1 executes everything,
+        whatever was calibrated.
 
         Raises:
-            ValueError: it was calibrated for none, or `capacity` lies outside those that it was calibrated for.
+            ValueError: it was calibrated for none, `capacity` lies outside those that it was calibrated for, or between
+                two of which the greater does not have the lower thresholds.
         """
         if not _is_number(capacity) or not 0.0 < capacity <= 1.0:
             raise ValueError(f"capacity {capacity!r} must be a number above 0 and at most 1")
+        shares = [entry["capacity"] for entry in self.capacities or ()]
+        if capacity == 1.0 and 1.0 not in shares:
+            return replace(self, threshold=KEEPS_ALL, target_capacity=capacity)
         if self.capacities is None:
             raise ValueError(
                 f"capacity {capacity}: the routers were calibrated for none but their own; recalibrate.py gives others"
             )
-        shares = [entry["capacity"] for entry in self.capacities]
         if not shares[0] <= capacity <= shares[-1]:
             raise ValueError(
                 f"capacity {capacity} is outside what the routers were calibrated for, {shares[0]} to {shares[-1]} "
-                f"({', '.join(map(str, shares))})"
+                f"({', '.join(map(str, shares))}); 1 executes everything"
             )
         above = next(place for place, share in enumerate(shares) if share >= capacity)
         below = above if shares[above] == capacity else above - 1
         part = (capacity - shares[below]) / (shares[above] - shares[below]) if above != below else 0.0
         low, high = (self.capacities[place]["threshold"] for place in (below, above))
+        if above != below and not _nowhere_below(low, high):
+            raise ValueError(
+                f"capacity {capacity}: the thresholds of {shares[below]} and {shares[above]} fall out of order, so "
+                "nothing is known between them; take one of these, or recalibrate.py"
+            )
         threshold = low if above == below else _between(low, high, part)
         return replace(self, threshold=threshold, target_capacity=capacity)
 

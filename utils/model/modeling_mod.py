@@ -186,7 +186,8 @@ class MoDPreTrainedMixin:
                 module.mod_settings = settings
 
     def set_capacity(self, capacity: float) -> None:
-        """Execute another share of the inputs: one of those that the checkpoint was calibrated for, or in between.
+        """Execute another share of the inputs: one of those that the checkpoint was calibrated for, or in between; or
+        1, all.
 
         Raises:
             ValueError: it was calibrated for none, or `capacity` lies outside those that it was calibrated for.
