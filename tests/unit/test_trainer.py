@@ -458,6 +458,22 @@ class TestControls:
         assert again.model.config.mod_settings == whole.model.config.mod_settings
         assert len(set(whole.model.config.mod_settings.threshold)) > 1
 
+    def test_a_run_whose_backbone_trains_goes_on_to_the_same_weights_and_thresholds(self, base_dir, tmp_path):
+        # whoever writes the answers to calibrate on changes in training
+        arguments = self.ARGUMENTS | {"save_strategy": "steps", "save_steps": 2, "capacity_control": "budget"}
+        arguments |= {"router_only": False, "distillation_weight": 0.0, "router_learning_rate": 1e-2}
+        runs = {}
+        for name, start in (("whole", None), ("again", str(tmp_path / "whole" / "checkpoint-2"))):
+            trainer = make_trainer(base_dir, tmp_path / name, "attn_token", make_rows(32), None, **arguments)
+            trainer.calibrate_on(make_rows(8, seed=9), ends=range(0, VOCABULARY, 7))
+            trainer.train(resume_from_checkpoint=start)
+            trainer.finish()
+            runs[name] = trainer
+        whole, again = runs.values()
+        for name, weight in whole.model.state_dict().items():
+            assert again.model.state_dict()[name].equal(weight), name
+        assert again.model.config.mod_settings == whole.model.config.mod_settings
+
     @pytest.mark.parametrize(
         ("control", "granularity"),
         [

@@ -53,7 +53,7 @@ GAIN = 4.0
 """Of the controller: change of the shift, in logits, for a capacity off by 1."""
 DECAY = 0.8
 """Weight of the past in the averages that the price is made of."""
-STATE = ("shift", "price", "pushes", "steps")
+STATE = ("shift", "price", "pushes", "steps", "weights_of_parts")
 FORWARD_INPUTS = ("input_ids", "attention_mask", "token_mask")
 INTERCEPT_RATE = 0.3
 """Peak learning rate of the intercepts, which are logits."""
@@ -65,11 +65,15 @@ class BudgetControl:
     Args:
         routers: layer index, or another `Place`, -> router, in the order of the settings' `places`.
         target: capacity to reach, in [0, 1].
+
+    Attributes:
+        weights_of_parts: what a token of a prompt and one of an answer count in the capacity.
     """
 
     def __init__(self, routers: Mapping[Place, MoDRouter], target: float):
         self.routers = dict(routers)
         self.target = target
+        self.weights_of_parts = 1.0, 1.0
         self.places = {layer: place for place, layer in enumerate(self.routers)}
         self.means: torch.Tensor | None = None  # [layers, hidden_size]
 

@@ -80,7 +80,6 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._calibration: Sequence[Any] = ()
         self._ends: Collection[int] = ()
         self._is_answered = False
-        self._weights_of_parts = 1.0, 1.0  # of prompts and of answers
         self._beginning: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}  # examples that substitutes are held to
         weights = capacity_weights(config := self.model.config.to_dict(), settings)
         self._meters = {mode: RoutingMeter(config, settings, self.args.device) for mode in ("train", "eval")}
@@ -249,12 +248,12 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     def begin_control(self) -> None:
         """Fit substitutes, and let budget and hinge start from the routers as they are; not after a checkpoint."""
-        if isinstance(self.capacity_control, BudgetControl) and len(self._calibration):
-            weigh_to, there = prompt_share(self._answered()), prompt_share(self.train_dataset)
-            self._weights_of_parts = weigh_to / there, (1 - weigh_to) / (1 - there)
         self._hold_beginning()
         if self.state.global_step:
             return
+        if isinstance(self.capacity_control, BudgetControl) and len(self._calibration):
+            weigh_to, there = prompt_share(self._answered()), prompt_share(self.train_dataset)
+            self.capacity_control.weights_of_parts = weigh_to / there, (1 - weigh_to) / (1 - there)
         self._fit_substitutes()
         budget = isinstance(self.capacity_control, BudgetControl)
         by_importance = self.args.router_init == "importance" and not isinstance(
@@ -333,16 +332,22 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         self._calibration, self._ends = rows, ends
 
     def _answered(self) -> Sequence[dict[str, list[int]]]:
-        """Return the rows to calibrate on, with the dense model's answers; every process must call it."""
-        if not self._is_answered and len(self._calibration):
-            self._calibration = short_prompts(self._calibration, self.train_dataset)
-            if self._zero3:
-                logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
-            else:
-                show = self.is_world_process_zero() and not self.args.disable_tqdm
-                self._calibration = answered(self.model, self._calibration, self._ends, progress=show)
-        self._is_answered = True
-        return self._calibration
+        """Return the rows to calibrate on, with the dense model's answers; every process must call it.
+
+        A dense model that trains answers each time anew: at the end of training as what it is then, whether or not the
+        training was cut short.
+        """
+        if self._is_answered or not len(self._calibration):
+            return self._calibration
+        rows = short_prompts(self._calibration, self.train_dataset)
+        if self._zero3:
+            logger.warning("under ZeRO-3 no answers are generated: thresholds are calibrated on those of the data")
+        else:
+            show = self.is_world_process_zero() and not self.args.disable_tqdm
+            rows = answered(self.model, rows, self._ends, progress=show)
+        if self._zero3 or (self.args.router_only and not self.args.use_lora):
+            self._calibration, self._is_answered = rows, True
+        return rows
 
     def finish(self) -> None:
         """Settle routers and thresholds: after it the model decides by itself, as its checkpoint will."""
@@ -427,7 +432,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
         By these weights prompts have the share of the rows' tokens that they have in generation.
         """
-        of_prompts, of_answers = self._weights_of_parts
+        control = self.capacity_control
+        of_prompts, of_answers = control.weights_of_parts if isinstance(control, BudgetControl) else (1.0, 1.0)
         return _mask(batch) * torch.where(batch["labels"] == IGNORE_INDEX, of_prompts, of_answers)
 
     def _real_rows(self, rows: int, remainder: int, device: torch.device) -> torch.Tensor:
