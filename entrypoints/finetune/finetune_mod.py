@@ -23,7 +23,7 @@ def main() -> int | None:
     from utils.data.splitting import set_aside
     from utils.io.locks import write_alone_until_exit
     from utils.model.base_models import resolve_base_model
-    from utils.model.checkpoint import load_tokenizer, make_settings, read_config
+    from utils.model.checkpoint import complete_config, load_tokenizer, make_settings, read_config
     from utils.model.lora import holds_adapter
     from utils.model.tokenizer_match import check_positions
     from utils.pipeline.arguments import parse_arguments
@@ -56,7 +56,7 @@ def main() -> int | None:
     pooling = training_args.sequence_pooling if settings.level == "sequence" else None
     settings = replace(settings, sequence_pooling=pooling)
     check_substitute(training_args, settings, config)
-    settings = choose_capacity(training_args, settings, config)
+    settings = choose_capacity(training_args, settings, config, brought_substitute(model_args, training_args))
     training_args.suit_model(config["hidden_size"], settings.granularity)
     if model_args.router_dir and training_args.capacity_control == "regression":
         raise UserError(
@@ -70,9 +70,10 @@ def main() -> int | None:
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(model_dir)
-    train_set, eval_set, prompts = prepare_data(data_args, training_args, tokenizer)
+    positions = complete_config(config, settings)["max_position_embeddings"]
+    train_set, eval_set, prompts = prepare_data(data_args, training_args, tokenizer, positions)
     for name, rows in (("train_file", train_set), ("held-out rows", eval_set)):
-        way_out = f"give --max_seq_length {config.get('max_position_embeddings')} (MAX_SEQ_LENGTH)"
+        way_out = f"give --max_seq_length {positions} (MAX_SEQ_LENGTH)"
         check_positions(config, max(rows["length"]), f"the longest row of {name}", way_out)
     agree_on_rows(training_args, run, (train_set, eval_set))
     checkpoint = on_main_process(training_args, lambda: checkpoint_to_resume(training_args, run))
@@ -96,8 +97,8 @@ def main() -> int | None:
     trainer.save_state()
     trainer.finish()
 
-    results = measure(trainer, eval_set, prompts)
-    save(trainer, model_args, model_dir, results)
+    save(trainer, model_args, model_dir)
+    report(trainer, measure(trainer, eval_set, prompts))
 
 
 def check_substitute(training_args, settings, config):
@@ -112,17 +113,46 @@ def check_substitute(training_args, settings, config):
         )
 
 
-def planned_substitute(training_args, settings, hidden_size):
-    """Return the settings with the substitutes that are going to be fitted, where the checkpoint has none."""
+def brought_substitute(model_args, training_args):
+    """Return kind and rank of the substitutes that the routers of `router_dir` were trained with, None without.
+
+    Routers decide by what a skip costs, and with maps in the place of what is skipped it costs little: those that were
+    trained with maps are not for a run without.
+    """
+    import json
+
+    from utils.model.checkpoint import read_substitutes
+
+    maps, metadata = read_substitutes(model_args.router_dir) if model_args.router_dir else ({}, {})
+    if maps and training_args.substitute == "none":
+        raise UserError(
+            f"router_dir {model_args.router_dir}: its routers were trained with substitutes, which --substitute none "
+            "would leave out; take --substitute linear, or other routers"
+        )
+    if not maps:
+        return None
+    if "substitute" not in metadata:
+        raise UserError(f"router_dir {model_args.router_dir}: its substitutes do not say of which kind they are")
+    return json.loads(metadata["substitute"])
+
+
+def planned_substitute(training_args, settings, hidden_size, brought=None):
+    """Return the settings with the substitutes that are going to train, where the checkpoint has none.
+
+    Args:
+        brought: kind and rank of those that routers bring along; without a --substitute_rank they are taken.
+    """
     from utils.pipeline.substitutes import default_rank
 
     if training_args.substitute == "none" or settings.substitute is not None:
         return settings
+    if brought is not None and training_args.substitute_rank is None:
+        return replace(settings, substitute=brought)
     rank = training_args.substitute_rank or default_rank(hidden_size, settings)
     return replace(settings, substitute={"kind": training_args.substitute, "rank": rank})
 
 
-def choose_capacity(training_args, settings, config):
+def choose_capacity(training_args, settings, config, brought):
     """Return the settings with the target; of a share to be skipped, the capacity that comes to it."""
     from utils.model.checkpoint import complete_config
     from utils.model.costs import capacity_to_skip
@@ -135,7 +165,7 @@ def choose_capacity(training_args, settings, config):
             )
         settings = replace(settings, budget_length=training_args.budget_length)
     if training_args.target_skipped is not None:
-        planned = planned_substitute(training_args, settings, config["hidden_size"])
+        planned = planned_substitute(training_args, settings, config["hidden_size"], brought)
         try:
             capacity = capacity_to_skip(complete_config(config, settings), planned, training_args.target_skipped)
         except ValueError as error:
@@ -145,8 +175,8 @@ def choose_capacity(training_args, settings, config):
     return replace(settings, target_capacity=training_args.target_capacity)
 
 
-def prepare_data(data_args, training_args, tokenizer):
-    """Return the tokenized training and held-out rows, and held-out prompts.
+def prepare_data(data_args, training_args, tokenizer, positions):
+    """Return the tokenized training and held-out rows, and held-out prompts that leave `positions` for an answer.
 
     The first process of a machine makes the rows, the others read them; prompts are for the main process.
     """
@@ -156,14 +186,14 @@ def prepare_data(data_args, training_args, tokenizer):
     from utils.pipeline.processes import from_every_process, on_each_machine
 
     if training_args.world_size == 1:
-        return tokenize_rows(data_args, training_args, tokenizer)
+        return tokenize_rows(data_args, training_args, tokenizer, positions)
     folder = Path(tempfile.gettempdir()) / f"tokenized-for-{os.getppid()}"  # of the launcher: one for each machine
 
     prompts: list = []
 
     def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        *tokenized, found = tokenize_rows(data_args, training_args, tokenizer)
+        *tokenized, found = tokenize_rows(data_args, training_args, tokenizer, positions)
         prompts.extend(found)
         with atomic_directory(folder) as unfinished:
             for number, rows in enumerate(tokenized):
@@ -179,12 +209,13 @@ def prepare_data(data_args, training_args, tokenizer):
     return *tokenized, prompts
 
 
-def tokenize_rows(data_args, training_args, tokenizer):
+def tokenize_rows(data_args, training_args, tokenizer, positions):
     """Return the tokenized training and held-out rows of the files, and prompts of the latter."""
     from utils.data.messages import load_messages
-    from utils.data.prompts import encode_prompts
+    from utils.data.prompts import held_out_prompts
     from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
+    from utils.evaluation.use import longest_prompt
 
     rows, held_out, _ = split_for_training(
         load_messages(data_args.train_file),
@@ -210,18 +241,8 @@ def tokenize_rows(data_args, training_args, tokenizer):
             raise UserError(f"{name} rows: {error}") from None
         logging.info("%s rows: %s", name, report.summary())
         tokenized.append(dataset)
-    prompts = []
-    if data_args.max_use_prompts:
-        try:
-            prompts = encode_prompts(
-                held_out["messages"],
-                tokenizer,
-                data_args.chat_format,
-                max_prompts=data_args.max_use_prompts,
-                max_tokens=data_args.max_seq_length,
-            )
-        except UserError as error:
-            logging.warning("figures of use are not measured: %s", error)
+    longest = longest_prompt(positions, data_args.max_seq_length)
+    prompts = held_out_prompts(held_out, tokenizer, data_args.chat_format, data_args.max_use_prompts, longest)
     return *tokenized, prompts
 
 
@@ -238,14 +259,7 @@ def prepare_model(model_args, training_args, model_dir, settings):
     import torch
     from transformers.trainer_pt_utils import get_model_param_count
 
-    from utils.model.checkpoint import (
-        SUBSTITUTES_FILE,
-        add_substitutes,
-        load_mod_model,
-        load_routers,
-        load_substitutes,
-        whole_parameters,
-    )
+    from utils.model.checkpoint import load_mod_model, load_routers, load_substitutes, whole_parameters
     from utils.model.lora import add_lora
     from utils.pipeline.customized_trainer import freeze_backbone
 
@@ -264,12 +278,14 @@ def prepare_model(model_args, training_args, model_dir, settings):
             f"{model_dir} holds trained routers, and capacity_control regression makes new ones: start from one whose "
             "routers are at zero, or take --capacity_control budget"
         )
-    if training_args.substitute != "none" and settings.substitute is None:
-        add_substitutes(model, planned_substitute(training_args, settings, model.config.hidden_size).substitute)
-    if model_args.router_dir:
-        load_routers(model, model_args.router_dir)
-        if model.substitute_modules() and (Path(model_args.router_dir) / SUBSTITUTES_FILE).is_file():
-            load_substitutes(model, model_args.router_dir)
+    start, brought = model_args.router_dir, brought_substitute(model_args, training_args)
+    prepare_substitutes(model, training_args, brought)
+    if start:
+        load_routers(model, start)
+        if brought is not None:
+            load_substitutes(model, start)
+        elif settings.substitute is not None:
+            logging.warning("router_dir %s has no substitutes: those of %s stay", start, model_dir)
     if training_args.router_only:
         freeze_backbone(model)
     if training_args.use_lora:
@@ -288,6 +304,21 @@ def prepare_model(model_args, training_args, model_dir, settings):
     logging.info("%s: routing %s in layers %s", model_dir, settings.granularity, list(settings.layers))
     logging.info("%d of %d parameters train (%.4f%%)", trained, total, 100 * trained / total)
     return model
+
+
+def prepare_substitutes(model, training_args, brought):
+    """Give a model the substitutes that train, float32, of the kind and rank of those `brought` by routers."""
+    import torch
+
+    from utils.model.checkpoint import add_substitutes
+
+    settings = model.config.mod_settings
+    if training_args.substitute != "none" and settings.substitute is None:
+        planned = planned_substitute(training_args, settings, model.config.hidden_size, brought)
+        add_substitutes(model, planned.substitute)
+    for parameter in (p for substitute in model.substitute_modules().values() for p in substitute.parameters()):
+        if not hasattr(parameter, "ds_id"):  # under ZeRO-3 all weights have one dtype
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def make_trainer(model, training_args, tokenizer, train_set, eval_set, run):
@@ -328,12 +359,15 @@ def measure(trainer, eval_set, prompts):
 
     from utils.evaluation.forward_speed import forward_speed, middling_batches
     from utils.evaluation.use import figures_of_use
+    from utils.pipeline.batches import with_deciding_tokens
 
     logging.info("measuring held-out loss, forward speed and use")
     model, settings = trainer.model, trainer.model.config.mod_settings
     with trainer.dense():
         dense = trainer.evaluate(metric_key_prefix="dense")
     results = {"held_out": {"dense": dense, "routed": trainer.evaluate(), "rows": len(eval_set)}}
+    if trainer.args.use_lora or not trainer.args.router_only:
+        results["dense_is"] = "adapted" if trainer.args.use_lora else "trained"
     others = [entry["capacity"] for entry in settings.capacities or () if entry["capacity"] != settings.target_capacity]
     results["capacities"] = {}
     for capacity in others:
@@ -347,7 +381,9 @@ def measure(trainer, eval_set, prompts):
         logging.warning("weights are in parts: forward speed and figures of use are not measured")
         return results | {"forward_tokens_per_second": None}
     show = not trainer.args.disable_tqdm
-    speed = forward_speed(model, middling_batches(eval_set, trainer.data_collator), capacities=others, progress=show)
+    timed = middling_batches(eval_set, trainer.data_collator)
+    timed = [with_deciding_tokens(batch, trainer.args.sequence_pooling) for batch in timed]
+    speed = forward_speed(model, timed, capacities=others, progress=show)
     at = speed.pop("ratio_at")
     results["forward_tokens_per_second"] = speed
     for capacity in others:
@@ -361,33 +397,46 @@ def measure(trainer, eval_set, prompts):
     return results
 
 
-def save(trainer, model_args, model_dir, results) -> None:
-    """Write the checkpoint and the results, print the table and, last, the output directory."""
-    from utils.io.files import write_json
+def save(trainer, model_args, model_dir) -> None:
+    """Write the checkpoint, before anything is measured: no measurement can cost a training."""
     from utils.model.checkpoint import write_checkpoint
-    from utils.pipeline.report import run_table
+    from utils.pipeline.processes import on_main_process
 
     routers, substitutes = trainer.router_state(), trainer.substitute_state()
     adapter = trainer.adapter()
     trained_base = None
     if not trainer.args.router_only:
         trained_base = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+    def write() -> str:
+        return write_checkpoint(
+            trainer.args.output_dir,
+            model_dir,
+            trainer.model.config.mod_settings,
+            routers,
+            copy_base=model_args.save_base == "copy",
+            trained_base=trained_base,
+            adapter=adapter,
+            units=trainer.units,
+            substitutes=substitutes,
+        )
+
+    logging.info("base weights: %s", on_main_process(trainer.args, write))
+
+
+def report(trainer, results) -> None:
+    """Write the results and their plot, print the table and, last, the output directory."""
+    from utils.evaluation.plots import pareto_of, save_figure
+    from utils.io.files import write_json
+    from utils.pipeline.report import quality_and_speed, run_table
+    from utils.pipeline.run_directory import RESULTS_FILE
+
     if not trainer.is_world_process_zero():
         return
-    output_dir, settings = Path(trainer.args.output_dir), trainer.model.config.mod_settings
-    write_json(output_dir / "results.json", results)
-    how = write_checkpoint(
-        output_dir,
-        model_dir,
-        settings,
-        routers,
-        copy_base=model_args.save_base == "copy",
-        trained_base=trained_base,
-        adapter=adapter,
-        units=trainer.units,
-        substitutes=substitutes,
-    )
-    logging.info("base weights: %s", how)
+    output_dir = Path(trainer.args.output_dir)
+    write_json(output_dir / RESULTS_FILE, results)
+    if records := quality_and_speed(results):
+        save_figure("pareto", pareto_of(records, "forward", "agreement"), output_dir / "capacities")
     print(run_table(results))
     print(output_dir)
 

@@ -150,6 +150,41 @@ def test_a_run_that_was_killed_goes_on_when_the_command_is_given_again(workplace
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+def test_a_run_that_was_killed_while_it_measured_has_its_checkpoint_and_goes_on_measuring(workplace, finetune, trained):
+    directory = workplace / "killed-measuring"
+    shutil.copytree(trained[0], directory)
+    (directory / "results.json").unlink()
+    result = finetune(directory)
+    assert "checkpoint-3" in result.stderr
+    losses = [
+        json.loads((path / "results.json").read_text())["held_out"]["routed"]["eval_loss"]
+        for path in (trained[0], directory)
+    ]
+    assert losses[1] == pytest.approx(losses[0])
+    whole, again = load_file(trained[0] / ROUTERS), load_file(directory / ROUTERS)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capacity_control", ["budget", "hinge"])
+def test_a_prompt_that_leaves_no_room_for_an_answer_costs_no_training(workplace, finetune, tmp_path, capacity_control):
+    short = shutil.copytree(workplace / "base", tmp_path / "short")
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 160}
+    (short / "config.json").write_text(json.dumps(config))
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"Yes, {number} is fine."}]}
+        for number, text in enumerate(("Is it? " * 30, "Is it?") * 20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--model_name_or_path", short, "--train_file", tmp_path / "rows.jsonl", "--mod_n", 3)
+    result = finetune(tmp_path / "out", *arguments, hinge=capacity_control == "hinge")
+    assert "left out: longer than" in result.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert 0 < results["use"]["prompts"] < 7
+    assert (tmp_path / "out/capacities.png").exists() == (capacity_control == "budget")
+    assert (tmp_path / "out/capacities.svg").exists() == (capacity_control == "budget")
+
+
 def test_a_regression_does_not_take_the_place_of_trained_routers_unseen(trained):
     from entrypoints.finetune.finetune_mod import prepare_model
     from utils.model.checkpoint import make_settings, read_config

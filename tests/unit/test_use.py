@@ -1,18 +1,22 @@
 """Figures of use are those of a generation token by token, whatever the batch; prompts are what training renders."""
 
 import math
+from dataclasses import replace
 
 import model_zoo
 import pytest
 import torch
 from chat_tokenizers import CHATML, LLAMA3, make_tokenizer, turns
+from datasets import Dataset
 
 from utils.data.chat_format import TemplateFormat
-from utils.data.prompts import encode_prompts, load_sample
-from utils.evaluation.use import FIGURES, figures_of_use, summarize
+from utils.data.prompts import encode_prompts, held_out_prompts, load_sample
+from utils.evaluation.forward_speed import forward_speed
+from utils.evaluation.use import FIGURES, figures_of_use, longest_prompt, summarize
 from utils.io.errors import UserError
 from utils.model.costs import capacity_of, capacity_weights, skipped_share
-from utils.pipeline.report import run_table
+from utils.pipeline.batches import with_deciding_tokens
+from utils.pipeline.report import quality_and_speed, run_table
 
 TOKENIZER = make_tokenizer()
 NEW = 7
@@ -97,6 +101,65 @@ def test_a_model_that_keeps_everything_answers_as_the_dense_one():
     assert use["agreement"] == {"mean": 1.0, "stderr": 0.0}
     assert use["executed"] == {"mean": 1.0, "stderr": 0.0}
     assert use["foreign"]["mean"] == pytest.approx(0, abs=1e-6)
+
+
+TABLE = ({"capacity": 0.3, "threshold": [0.7] * 3}, {"capacity": 0.8, "threshold": [0.3] * 3})
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_token"])
+def test_figures_at_another_capacity_are_those_of_a_model_that_is_set_to_it(granularity):
+    model = routed_model("llama", granularity)
+    own = replace(model.mod_settings, threshold=0.5, capacities=TABLE)
+    model.set_mod_settings(own)
+    prompts = [prompt(tokens, 1) for tokens in model_zoo.texts((4, 7, 5))]
+    capacities = (0.3, 0.5, 1.0)
+    found = figures_of_use(model, TOKENIZER, prompts, NEW, batch_size=2, capacities=capacities)
+    assert model.mod_settings == own
+    assert list(found["use_at"]) == list(capacities)
+    executed = [found["use_at"][capacity]["executed"]["mean"] for capacity in capacities]
+    assert executed == sorted(executed)
+    assert executed[0] < executed[-1] == 1
+    assert found["use_at"][1.0]["agreement"] == {"mean": 1.0, "stderr": 0.0}
+    assert found["use"] == figures_of_use(model, TOKENIZER, prompts, NEW, batch_size=2)["use"]
+    for capacity in capacities:
+        model.set_capacity(capacity)
+        alone = figures_of_use(model, TOKENIZER, prompts, NEW, batch_size=2)["use"]
+        del alone["foreign"]
+        assert found["use_at"][capacity] == alone
+
+
+def test_forward_speed_times_the_capacities_and_decides_as_it_is_told():
+    model = routed_model("llama", "mlp_sequence")
+    own = replace(model.mod_settings, capacities=TABLE)
+    model.set_mod_settings(own)
+    seen = []
+    model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(
+            (kwargs["route"] and module.mod_settings.target_capacity, kwargs["token_mask"].sum().item())
+        ),
+        with_kwargs=True,
+    )
+    batch = {"input_ids": model_zoo.random_tokens(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+    batch["labels"] = torch.where(torch.arange(8) < 5, -100, batch["input_ids"])
+    found = forward_speed(model, [with_deciding_tokens(batch, "prompt")], repeats=2, capacities=(0.8, 0.3))
+    assert seen == [(False, 10), (None, 10), (0.8, 10), (0.3, 10)] * 3
+    assert model.mod_settings == own
+    assert set(found["ratio_at"]) == {0.8, 0.3}
+    assert min(found["dense"], found["routed"], found["ratio"], *found["ratio_at"].values()) > 0
+
+
+def test_a_held_out_prompt_leaves_room_for_its_answer(caplog):
+    assert longest_prompt(128, 512, NEW) == 121
+    assert longest_prompt(2048, 512) == 512
+    rows = Dataset.from_dict({"messages": [turns("Hello", "Hi"), turns("yes " * 100, "no")]})
+    model = routed_model("llama", "attn_token")
+    longest = longest_prompt(model.config.max_position_embeddings, 512)
+    prompts = held_out_prompts(rows, TOKENIZER, "auto", 16, longest)
+    assert [one["text"] for one in prompts] == ["Hello"]
+    figures_of_use(model, TOKENIZER, prompts)
+    assert held_out_prompts(rows, TOKENIZER, "auto", 0, longest) == []
+    assert held_out_prompts(rows, TOKENIZER, "auto", 16, 1) == []
+    assert "figures of use are not measured: no prompts: 2 left out: longer than" in caplog.text
 
 
 def test_what_a_checkpoint_says_of_sampling_does_not_enter():
@@ -197,3 +260,34 @@ def test_the_runs_table_has_figures_of_use_and_an_example_where_they_were_measur
     ]
     assert "± 0.05, of the dense answers' tokens, 3 prompts" in added[0]
     assert added[-3:] == ["prompt  Prompt 0.5", "dense   One two", "routed  three"]
+
+
+def test_the_runs_table_has_the_other_capacities_and_what_its_dense_is():
+    held_out = {"eval_loss": 2.5, "eval_capacity": 0.5, "eval_capacity/layer_3": 0.5}
+    use = {name: {"mean": 0.25, "stderr": None} for name in FIGURES} | {"prompts": 3, "max_new_tokens": 9}
+    results = {
+        "held_out": {"dense": {"dense_loss": 2.0}, "routed": held_out, "rows": 8},
+        "forward_tokens_per_second": {"dense": 100.0, "routed": 120.0, "ratio": 1.2},
+        "use": use,
+        "capacities": {
+            "0.5": {"held_out": held_out | {"eval_loss": 2.75}, "forward_ratio": 1.25, "use": use},
+            "0.9": {"held_out": held_out | {"eval_capacity": 0.9375}},
+        },
+    }
+    lines = run_table(results).splitlines()
+    start = lines.index("The same checkpoint set to other capacities:")
+    assert [line.split() for line in lines[start + 1 : start + 4]] == [
+        ["capacity", "of", "rows", "in", "use", "loss", "agreement", "forward"],
+        ["0.9", "0.94", "-", "2.500", "-", "-"],
+        ["0.5", "0.50", "0.25", "2.750", "0.25", "1.25x"],
+    ]
+    assert not any("dense is" in line for line in lines)
+    adapted = run_table(results | {"dense_is": "adapted"})
+    assert "dense is the adapted model with nothing skipped, not the base" in adapted
+    assert [(r["name"], r["forward"], r["agreement"]) for r in quality_and_speed(results)] == [
+        ("dense", 1.0, 1.0),
+        ("routed", 1.2, 0.25),
+        ("routed", 1.25, 0.25),
+    ]
+    assert quality_and_speed(results | {"capacities": {}}) == []
+    assert quality_and_speed(results | {"forward_tokens_per_second": None}) == []

@@ -79,6 +79,25 @@ def encode_prompts(
     return prompts
 
 
+def held_out_prompts(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, chat_format: str, max_prompts: int, max_tokens: int
+) -> list[dict[str, Any]]:
+    """Return prompts of held-out rows, to measure use on; none, with a warning, where there are none.
+
+    Args:
+        rows: with `messages`.
+        tokenizer, chat_format, max_tokens: as of `encode_prompts`.
+        max_prompts: the first so many; 0 for none.
+    """
+    if not max_prompts:
+        return []
+    try:
+        return encode_prompts(rows["messages"], tokenizer, chat_format, max_prompts, max_tokens)
+    except UserError as error:
+        logger.warning("figures of use are not measured: %s", error)
+        return []
+
+
 def load_sample(repository: Path) -> Dataset:
     """Return the rows of the repository's embedded sample, as `scripts/finetune_mod.sh` trains on them.
 

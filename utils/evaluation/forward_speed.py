@@ -24,7 +24,8 @@ def forward_speed(
 
     Args:
         model: a routed model, on the device that is measured; left in evaluation mode.
-        batches: each with `input_ids` and `attention_mask`, int64 [batch, tokens].
+        batches: each with `input_ids` and `attention_mask`, int64 [batch, tokens], and, if not all tokens decide,
+            bool `token_mask`, same shape.
         repeats: counted passes of each kind, after one that is not counted.
         capacities: other capacities of the model, timed in turn with the rest.
         progress: show a bar.
@@ -36,7 +37,8 @@ def forward_speed(
     model.eval()
     device, settings = next(model.parameters()).device, model.config.mod_settings
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    batches = [{name: batch[name].to(device) for name in ("input_ids", "attention_mask")} for batch in batches]
+    names = ("input_ids", "attention_mask", "token_mask")
+    batches = [{name: batch[name].to(device) for name in names if name in batch} for batch in batches]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     kinds = ("dense", "routed", *capacities)
     walls: dict[str | float, list[float]] = {kind: [] for kind in kinds}

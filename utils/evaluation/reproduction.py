@@ -370,7 +370,7 @@ def _run_of(
     steps = [
         data,
         Step("build", tuple(build), built, minutes["build"]),
-        Step(kind, tuple(command), checkpoint / INDEX_FILE, minutes[kind], own),
+        Step(kind, tuple(command), checkpoint / "results.json", minutes[kind], own),
     ]
     evaluate = [str(a) for a in scale["evaluate_arguments"]] + changes.of_type
     evaluate += [] if changes.limit is None else ["--limit", str(changes.limit)]

@@ -29,6 +29,19 @@ Prompt = Mapping[str, Any]
 FIGURES = ("agreement", "executed", "skipped", "foreign")
 WITHOUT_ANSWERS = FIGURES[:3]
 """Those that need no answers of the routed model."""
+NEW_TOKENS = 40
+"""Length of an answer, at most."""
+
+
+def longest_prompt(positions: int, max_seq_length: int, max_new_tokens: int = NEW_TOKENS) -> int:
+    """Return how many tokens a prompt may have.
+
+    Args:
+        positions: tokens that the model takes.
+        max_seq_length: tokens of a row of its training.
+        max_new_tokens: that an answer needs room for.
+    """
+    return min(max_seq_length, positions - max_new_tokens)
 
 
 @torch.inference_mode()
@@ -36,7 +49,7 @@ def figures_of_use(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    max_new_tokens: int = 40,
+    max_new_tokens: int = NEW_TOKENS,
     batch_size: int = 8,
     progress: Callable[[int], Any] = lambda answered: None,
     capacities: Sequence[float] = (),

@@ -3,7 +3,7 @@
 Which positions have a label decides how much is computed. Asked on the device, each step would wait for the answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,11 @@ def deciding_tokens(
         prompt |= ~prompt[:, :1]
         deciding = prompt if deciding is None else deciding & prompt
     return deciding
+
+
+def with_deciding_tokens(batch: Mapping[str, torch.Tensor], sequence_pooling: str) -> dict[str, torch.Tensor]:
+    """Return a batch of `attention_mask` and `labels`, int64 [batch, tokens], with `token_mask`: `deciding_tokens`'."""
+    return {**batch, "token_mask": deciding_tokens(batch["attention_mask"], batch["labels"], sequence_pooling)}
 
 
 def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

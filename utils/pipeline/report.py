@@ -6,6 +6,35 @@ from typing import Any
 USE = ("agreement", "executed")
 
 
+def quality_and_speed(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return agreement and forward speed, relative to dense, of the capacities: what a `pareto` figure is drawn from.
+
+    Args:
+        results: as of `run_table`.
+
+    Returns:
+        Records with `name`, `label`, `forward`, `agreement` and `agreement_stderr`, the dense model's first; none
+        where speed or use was not measured, or at one capacity alone.
+    """
+    speed, own = results["forward_tokens_per_second"], results.get("use")
+    others = {name: of for name, of in results.get("capacities", {}).items() if "forward_ratio" in of and "use" in of}
+    if not (speed and own and others):
+        return []
+    measured = {"trained for": (speed["ratio"], own)}
+    measured |= {name: (of["forward_ratio"], of["use"]) for name, of in others.items()}
+    routed = [
+        {
+            "name": "routed",
+            "label": name,
+            "forward": ratio,
+            "agreement": use["agreement"]["mean"],
+            "agreement_stderr": use["agreement"]["stderr"],
+        }
+        for name, (ratio, use) in measured.items()
+    ]
+    return [{"name": "dense", "forward": 1.0, "agreement": 1.0}, *routed]
+
+
 def run_table(results: Mapping[str, Any]) -> str:
     """Return the table as text.
 
@@ -15,14 +44,17 @@ def run_table(results: Mapping[str, Any]) -> str:
             `forward_tokens_per_second` with `dense`, `routed` and their `ratio`, or None where it was not measured;
             where they were measured, `use` with its figures (each `mean` and `stderr`) and `prompts`, and `answers`,
             each with `prompt`, `dense`, `routed` and its own `agreement`; `capacities`, capacity -> `held_out`, `use`
-            and `forward_ratio` of the same checkpoint set to it.
+            and `forward_ratio` of the same checkpoint set to it; `dense_is`, where the model that is left where nothing
+            is skipped is not the base: `adapted` or `trained`.
     """
     dense, routed, rows = (results["held_out"][name] for name in ("dense", "routed", "rows"))
     speed = results["forward_tokens_per_second"]
     prefix = "eval_capacity/layer_"
     layers = {name.removeprefix(prefix): value for name, value in routed.items() if name.startswith(prefix)}
-    lines = [
-        "",
+    lines = [""]
+    if "dense_is" in results:
+        lines += [f"dense is the {results['dense_is']} model with nothing skipped, not the base", ""]
+    lines += [
         f"{'':<18}{'dense':>10}{'routed':>10}",
         f"{'held-out loss':<18}{dense['dense_loss']:>10.4f}{routed['eval_loss']:>10.4f}   ({rows} rows)",
         f"{'forward tokens/s':<18}{speed['dense']:>10.0f}{speed['routed']:>10.0f}   ({speed['ratio']:.2f}x)"

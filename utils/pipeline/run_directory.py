@@ -25,12 +25,14 @@ from utils.io.errors import UserError
 from utils.io.files import write_json
 from utils.io.locks import LOCK_FILES
 from utils.model.base_identity import digest, identify_model
-from utils.model.checkpoint import INDEX_FILE, ROUTERS_FILE, SUBSTITUTES_FILE
+from utils.model.checkpoint import INDEX_FILE, ROUTERS_FILE, read_routers, read_substitutes
 
 from .processes import from_every_process, on_each_machine, on_main_process
 from .training_checkpoint import UNFINISHED, damage, last_whole_checkpoint, read_manifest
 
 RUN_FILE = "run.json"
+RESULTS_FILE = "results.json"
+"""What came of a run; the last that it writes."""
 BY_CONTENT = ("model_name_or_path", "train_file", "eval_file", "router_dir")
 """Model and data arguments that count by what lies there: they are recorded, and may change."""
 RESULT_NEUTRAL = frozenset(
@@ -229,7 +231,7 @@ def _refuse_other_run(output_dir: Path, run: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{output_dir / RUN_FILE} is damaged; choose another --output_dir") from None
     _refuse_difference(f"output_dir {output_dir} holds", held, run["identity"], "choose another --output_dir")
-    if (output_dir / INDEX_FILE).exists():
+    if (output_dir / INDEX_FILE).exists() and (output_dir / RESULTS_FILE).exists():
         raise UserError(f"output_dir {output_dir} holds this run, finished; choose another --output_dir to repeat it")
 
 
@@ -263,10 +265,14 @@ def _rows_sha256(tokenized: Sequence[Dataset]) -> str:
 
 
 def _routers_sha256(path: Path) -> str:
-    files = [path / ROUTERS_FILE, path / SUBSTITUTES_FILE] if path.is_dir() else [path]
-    if not files[0].is_file():
+    if not path.is_file() and not (path / ROUTERS_FILE).is_file() and not (path / "config.json").is_file():
         raise UserError(f"router_dir {path}: no such file; name a {ROUTERS_FILE}, or a directory that has one")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+    value = hashlib.sha256()
+    for tensors, metadata in (read_routers(path), read_substitutes(path)):
+        value.update(json.dumps(sorted(metadata.items())).encode())
+        for name in sorted(tensors):
+            value.update(name.encode() + tensors[name].float().numpy().tobytes())
+    return value.hexdigest()
 
 
 def _sha256(name: str, path: Path) -> str:
