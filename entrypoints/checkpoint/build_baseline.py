@@ -8,6 +8,8 @@ random: routers that do not know what they read, at the same capacity.
 dlo: routers that predict where a layer leaves the residual stream alike, the label that DLO trains on.
 skip_transformer: routers trained by the task's loss with gates that scale the branch.
 The last two are ideas of these methods for linear routers on a frozen model (utils/pipeline/trained_baselines.py).
+The thresholds of the last three are calibrated as those of a training run are: on short prompts that the dense model
+answers.
 
 With --substitute linear the others return a linear map of its input for what they skip, fitted in closed form to rows
 of the training file; greedy chooses with the maps in place. results.json has held-out loss, forward speed and figures
@@ -25,7 +27,7 @@ from utils.io.errors import UserError, run_command
 
 TRAINED = ("dlo", "skip_transformer")
 CALIBRATION_ROWS = 64
-"""Rows that the thresholds of trained routers are set on, beside those that they are trained on."""
+"""Rows whose prompts thresholds are set on, beside those that routers are made on, at most."""
 FIT_ROWS = 1000
 """Rows that substitutes are fitted on, at most, beside those that the choice is made on."""
 
@@ -77,18 +79,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def main() -> None:
+    from dataclasses import replace
+
     import torch
     from datasets import concatenate_datasets
 
+    from utils.data.chat_format import ends_of_answers
     from utils.data.collation import SupervisedCollator
     from utils.data.messages import load_messages
-    from utils.data.prompts import encode_prompts
+    from utils.data.prompts import held_out_prompts
     from utils.data.splitting import split_for_training
     from utils.data.tokenization import tokenize_dataset
+    from utils.evaluation.forward_speed import middling_batches
+    from utils.evaluation.use import longest_prompt
     from utils.io.files import atomic_directory, write_json
     from utils.io.locks import write_alone_until_exit
     from utils.model.base_models import resolve_base_model
     from utils.model.checkpoint import (
+        complete_config,
         load_mod_model,
         load_tokenizer,
         make_settings,
@@ -97,6 +105,8 @@ def main() -> None:
         substitute_parameters,
         write_checkpoint,
     )
+    from utils.pipeline.answers import answered, short_prompts
+    from utils.pipeline.batches import with_deciding_tokens
     from utils.pipeline.substitutes import check_enough, rows_to_fit
 
     args = parse_arguments()
@@ -109,6 +119,8 @@ def main() -> None:
     config = read_config(model_dir)
     (config.get("mod") or {}).pop("capacities", None)  # of routers that are made anew
     settings = make_settings(config, args.mod_n, args.granularity, threshold=0.5, target_capacity=args.capacity)
+    pooling = (settings.sequence_pooling or "prompt") if settings.level == "sequence" else None
+    settings = replace(settings, sequence_pooling=pooling)
     kinds = ("expert_drop", "random") if settings.target == "expert" else ("cosine", "greedy", "random", *TRAINED)
     if args.kind not in kinds:
         raise UserError(f"{args.kind} is not for {settings.granularity}, whose baselines are {', '.join(kinds)}")
@@ -130,6 +142,7 @@ def main() -> None:
     def make_batches(tokenized):
         starts = range(0, len(tokenized), 8)
         made = [collate([tokenized[row] for row in range(s, min(s + 8, len(tokenized)))]) for s in starts]
+        made = [with_deciding_tokens(batch, pooling or "all") for batch in made]
         return [{name: values.to(device) for name, values in batch.items()} for batch in made]
 
     chosen_on, held_out_rows = tokenize(rows), tokenize(held_out)
@@ -139,25 +152,22 @@ def main() -> None:
         to_fit = concatenate_datasets([chosen_on, tokenize(more)]) if len(more) else chosen_on
         check_enough(to_fit["length"], size)
         to_fit = to_fit.select(range(rows_to_fit(to_fit["length"], size)))
-    prompts = []
-    if args.max_use_prompts:
-        try:
-            prompts = encode_prompts(
-                held_out["messages"], tokenizer, max_prompts=args.max_use_prompts, max_tokens=args.max_seq_length
-            )
-        except UserError as error:
-            logging.warning("figures of use are not measured: %s", error)
+    longest = longest_prompt(complete_config(config, settings)["max_position_embeddings"], args.max_seq_length)
+    prompts = held_out_prompts(held_out, tokenizer, "auto", args.max_use_prompts, longest)
 
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     model = load_mod_model(model_dir, settings, dtype=getattr(torch, dtype)).eval().to(device)
     give_substitutes(model, args, make_batches(to_fit))
-    calibrated_on = others.select(range(min(CALIBRATION_ROWS, len(others)))) if args.kind in TRAINED else []
-    calibrated_on = make_batches(tokenize(calibrated_on) if len(calibrated_on) else chosen_on)
-    units = set_routers(model, args, make_batches(chosen_on), calibrated_on)
-    results = measure(model, tokenizer, held_out_rows, make_batches(held_out_rows), prompts, collate)
+    calibrated_on = []
+    if args.kind in ("random", *TRAINED):
+        aside = others.select(range(min(CALIBRATION_ROWS, len(others))))
+        calibrated_on = short_prompts(tokenize(aside) if len(aside) else [], chosen_on)
+        calibrated_on = answered(model, calibrated_on, ends_of_answers(tokenizer, "auto"), progress=True)
+    units = set_routers(model, args, make_batches(chosen_on), make_batches(calibrated_on))
     weights = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
+    timed = [with_deciding_tokens(batch, pooling or "all") for batch in middling_batches(held_out_rows, collate)]
+    problem = None
     with atomic_directory(output_dir) as unfinished:
-        write_json(unfinished / "results.json", {"kind": args.kind, **results})
         write_checkpoint(
             unfinished,
             model_dir,
@@ -166,13 +176,20 @@ def main() -> None:
             units=units,
             substitutes=substitute_parameters(model),
         )
+        try:
+            results = measure(model, tokenizer, timed, make_batches(held_out_rows), prompts)
+            write_json(unfinished / "results.json", {"kind": args.kind, **results})
+        except UserError as error:  # what was made is kept all the same
+            problem = error
+    if problem is not None:
+        raise problem
     print(output_dir)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `UserError` for a value that is out of range whatever the model is."""
-    if not 0.0 <= args.capacity <= 1.0:
-        raise UserError(f"capacity {args.capacity} must lie between 0 and 1")
+    if not 0.0 < args.capacity <= 1.0:
+        raise UserError(f"capacity {args.capacity} must be above 0 and at most 1")
     if args.drop_share is not None and not (args.kind == "expert_drop" and 0.0 <= args.drop_share < 1.0):
         raise UserError(f"drop_share {args.drop_share} is for expert_drop, and at least 0 and below 1")
     if args.rows < 1:
@@ -252,16 +269,16 @@ def set_routers(model, args: argparse.Namespace, batches, calibrated_on) -> dict
     return None
 
 
-def measure(model, tokenizer, held_out_rows, batches, prompts, collate) -> dict:
+def measure(model, tokenizer, timed, batches, prompts) -> dict:
     """Return held-out loss and capacity, forward speed and figures of use, named as in a training run's results."""
     from tqdm.auto import tqdm
 
-    from utils.evaluation.forward_speed import forward_speed, middling_batches
+    from utils.evaluation.forward_speed import forward_speed
     from utils.evaluation.use import figures_of_use
     from utils.pipeline.held_out import held_out_results
 
     results = {"held_out": held_out_results(model, batches)}
-    speed = forward_speed(model, middling_batches(held_out_rows, collate), progress=True)
+    speed = forward_speed(model, timed, progress=True)
     results["forward_tokens_per_second"] = {name: speed[name] for name in ("dense", "routed", "ratio")}
     if prompts:
         with tqdm(total=len(prompts), desc="answering prompts", unit="prompt", disable=None) as bar:

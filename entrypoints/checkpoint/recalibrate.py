@@ -4,8 +4,9 @@
     python entrypoints/checkpoint/recalibrate.py path/to/output --capacity 0.9 --output_dir outputs/at-0.9
 
 All layers' thresholds are shifted together until rows that were not trained on execute the capacity, which is added to
-those that the checkpoint can be set to already. These rows and the held-out ones follow from the run's own record
-(`run.json`), so that held-out numbers compare with the run's; what is given here comes before it.
+those that the checkpoint can be set to already, where these were calibrated on text that was read alike. These rows
+and the held-out ones follow from the run's own record (`run.json`), so that held-out numbers compare with the run's;
+what is given here comes before it.
 """
 
 import argparse
@@ -51,6 +52,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the run (default: the run's)")
     parser.add_argument("--max_train_samples", type=int, help="of the run (default: the run's)")
     parser.add_argument("--max_eval_samples", type=int, help="held-out rows, at most (default: the run's)")
+    parser.add_argument(
+        "--max_use_prompts", type=int, default=16, help="held-out prompts that are answered at the end; 0: none (16)"
+    )
     parser.add_argument("--max_seq_length", type=int, help="rows are cut to this many tokens (default: the run's)")
     parser.add_argument("--chat_format", choices=("auto", "template", "tags"), help="(default: the run's)")
     parser.add_argument("--sequence_pooling", choices=("all", "prompt"), help="(default: the run's)")
@@ -76,9 +80,9 @@ def main() -> None:
         load_tokenizer,
         make_settings,
         read_config,
+        read_substitutes,
         read_units,
         router_name,
-        substitute_parameters,
         write_checkpoint,
     )
     from utils.model.lora import holds_adapter
@@ -90,7 +94,6 @@ def main() -> None:
         pack_capacities,
         settled_cuts,
     )
-    from utils.pipeline.held_out import held_out_results
     from utils.pipeline.run_directory import installed_versions
 
     args = parse_arguments()
@@ -106,12 +109,11 @@ def main() -> None:
     pooling = args.sequence_pooling if settings.level == "sequence" else None
     settings = replace(settings, target_capacity=args.capacity, sequence_pooling=pooling)
     tokenizer = load_tokenizer(args.checkpoint)
-    rows, held_out, batches = prepare_rows(args, record, tokenizer)
+    rows, held_out, prompts, batches = prepare_rows(args, record, tokenizer)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     model = load_mod_model(args.checkpoint, settings, dtype=getattr(torch, dtype)).to(device).eval()
-    held_out = [to_device(batch, device) for batch in held_out]
     rows = answered(model, rows, ends_of_answers(tokenizer, args.chat_format), progress=True)
     calibration = [to_device(batch, device) for batch in batches(rows)]
     try:
@@ -122,17 +124,18 @@ def main() -> None:
     logging.info("calibrated on %d rows: %.3f of the inputs are executed", len(rows), share)
     # thresholds of other capacities hold for text that is read and decided on as this was
     kept = settings.capacities if args.as_trained and not args.calibration_file else None
+    if settings.capacities and not kept:
+        held = ", ".join(str(entry["capacity"]) for entry in settings.capacities)
+        logging.warning("the capacities %s are left out: they were calibrated on text that was read otherwise", held)
     table = {entry["capacity"]: cuts_of(replace(settings, threshold=entry["threshold"])) for entry in kept or ()}
     thresholds, factors = fold_table(table | {args.capacity: settled})
     units = {layer: scale * factors[layer] for layer, (_, scale) in cuts.items()}
     with torch.no_grad():
         for layer, router in model.router_modules().items():
             router.weight.mul_(factors[layer])
-    change_settings(
-        model, threshold=thresholds[args.capacity], capacities=pack_capacities(thresholds) if kept else None
-    )
+    change_settings(model, threshold=thresholds[args.capacity], capacities=pack_capacities(thresholds))
 
-    results = {"held_out": held_out_results(model, held_out)}
+    results = measure(model, tokenizer, [to_device(batch, device) for batch in held_out], prompts)
     results["recalibration"] = {
         "checkpoint": str(args.checkpoint),
         "capacity": args.capacity,
@@ -143,11 +146,26 @@ def main() -> None:
     routers = {router_name(layer): router.weight for layer, router in model.router_modules().items()}
     with atomic_directory(args.output_dir) as unfinished:
         write_json(unfinished / "results.json", results)
-        substitutes = {name: parameter.detach() for name, parameter in substitute_parameters(model).items()}
+        substitutes, _ = read_substitutes(args.checkpoint)  # the model's may be rounded to its dtype
         write_checkpoint(
             unfinished, args.checkpoint, model.config.mod_settings, routers, units=units, substitutes=substitutes
         )
     print(args.output_dir)
+
+
+def measure(model, tokenizer, held_out, prompts) -> dict:
+    """Return held-out loss and capacity, and figures of use, named as in a training run's results."""
+    from tqdm.auto import tqdm
+
+    from utils.evaluation.use import figures_of_use
+    from utils.pipeline.held_out import held_out_results
+
+    results = {"held_out": held_out_results(model, held_out)}
+    if prompts:
+        with tqdm(total=len(prompts), desc="answering prompts", unit="prompt", disable=None) as bar:
+            found = figures_of_use(model, tokenizer, prompts, progress=bar.update)
+        results |= {name: found[name] for name in ("use", "answers")}
+    return results
 
 
 def check(args) -> None:
@@ -158,6 +176,8 @@ def check(args) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{name} {value} must be at least 1")
+    if args.max_use_prompts < 0:
+        raise UserError(f"max_use_prompts {args.max_use_prompts} must not be negative; 0 measures no use")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         raise UserError(f"output_dir {args.output_dir} is there already; choose another")
 
@@ -195,16 +215,19 @@ def complete(args, settings) -> dict:
     return record
 
 
-def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
-    """Return rows to calibrate on, held-out batches, and what makes batches of rows."""
+def prepare_rows(args, record, tokenizer) -> tuple:
+    """Return rows to calibrate on, held-out batches, held-out prompts, and what makes batches of rows."""
     from datasets import concatenate_datasets
 
     from utils.data.collation import SupervisedCollator
     from utils.data.messages import load_messages
+    from utils.data.prompts import held_out_prompts
     from utils.data.splitting import set_aside, split_for_training, without
     from utils.data.tokenization import tokenize_dataset
+    from utils.evaluation.use import longest_prompt
+    from utils.model.checkpoint import complete_config, make_settings, read_config
     from utils.pipeline.answers import short_prompts
-    from utils.pipeline.batches import deciding_tokens
+    from utils.pipeline.batches import with_deciding_tokens
 
     collate = SupervisedCollator.for_tokenizer(tokenizer)
 
@@ -215,8 +238,7 @@ def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
         made = []
         for start in range(0, len(rows), 8):
             batch = collate([rows[row] for row in range(start, min(start + 8, len(rows)))])
-            mask = deciding_tokens(batch["attention_mask"], batch["labels"], args.sequence_pooling)
-            made.append(batch | {"token_mask": mask})
+            made.append(with_deciding_tokens(batch, args.sequence_pooling))
         return made
 
     train = held_out = left_over = None
@@ -247,7 +269,11 @@ def prepare_rows(args, record, tokenizer) -> tuple[list, list]:
         raise UserError(f"{where}: every row was trained on or is held out; give a --calibration_file of other rows")
     rows = concatenate_datasets(parts)
     rows = rows if args.calibration_file else short_prompts(rows, trained)
-    return rows, batches(tokenized(held_out)), batches
+    config = read_config(args.checkpoint)
+    positions = complete_config(config, make_settings(config))["max_position_embeddings"]
+    longest = longest_prompt(positions, args.max_seq_length)
+    prompts = held_out_prompts(held_out, tokenizer, args.chat_format, args.max_use_prompts, longest)
+    return rows, batches(tokenized(held_out)), prompts, batches
 
 
 def warn_of_another_file(args, record) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from entrypoints.checkpoint.build_baseline import main
 from utils.evaluation.inspection import inspect_checkpoint
 from utils.io.errors import UserError
 from utils.model.checkpoint import SUBSTITUTES_FILE, load_mod_model, read_units
+from utils.pipeline.answers import SHORT_PROMPTS
 
 STATIC = ("cosine", "greedy")
 NO_USE = ("--max_use_prompts", 0)
@@ -77,6 +79,39 @@ def test_what_a_static_baseline_skips_returns_a_fitted_map(build, tmp_path):
     assert torch.equal(model.substitute_modules()[layer].down, maps[f"model.layers.{layer}.substitute.down"])
 
 
+@pytest.mark.parametrize("pooling", ["prompt", pytest.param("all", marks=pytest.mark.slow)])
+def test_thresholds_are_set_on_answered_prompts_decided_on_as_the_label_says(
+    build, workplace, tmp_path, monkeypatch, pooling
+):
+    import utils.pipeline.calibration as calibration
+
+    seen, calibrate = [], calibration.calibrate
+
+    def watched(model, batches, *arguments, **options):
+        seen.extend(batches)
+        return calibrate(model, batches, *arguments, **options)
+
+    monkeypatch.setattr(calibration, "calibrate", watched)
+    labelled = tmp_path / "labelled"
+    shutil.copytree(workplace / "ckpt/tiny-mod", labelled)
+    config = json.loads((labelled / "config.json").read_text())
+    config["mod"] |= {"sequence_pooling": pooling} if pooling == "all" else {}
+    (labelled / "config.json").write_text(json.dumps(config))
+    build("random", "--model_name_or_path", labelled, *NO_USE)
+    assert json.loads((tmp_path / "out/config.json").read_text())["mod"]["sequence_pooling"] == pooling
+    prompts, dense = [], load_mod_model(labelled).eval()
+    for batch in seen:
+        real, answer = batch["attention_mask"].bool(), batch["labels"] != -100
+        assert torch.equal(batch["token_mask"], real & ~answer if pooling == "prompt" else real)
+        for ids, kept, mine in zip(batch["input_ids"], real, answer, strict=True):
+            prompt = ids[kept & ~mine][None]
+            prompts.append(prompt)
+            options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            written = dense.generate(prompt, attention_mask=torch.ones_like(prompt), route=False, **options)
+            assert written[0, prompt.shape[1]] == ids[kept & mine][0]
+    assert len(prompts) == SHORT_PROMPTS
+
+
 @pytest.mark.slow
 def test_a_checkpoint_with_substitutes_is_a_base_like_any_other(build, tmp_path):
     build("random", "--substitute", "linear", *NO_USE)
@@ -93,7 +128,8 @@ def test_a_checkpoint_with_substitutes_is_a_base_like_any_other(build, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--capacity", "2"), "capacity 2.0 must lie"),
+        (("--capacity", "2"), "capacity 2.0 must be above 0 and at most 1"),
+        (("--capacity", "0"), "capacity 0.0 must be above 0 and at most 1"),
         (("--rows", "0"), "rows 0 must be"),
         (("--substitute", "linear", "--substitute_rank", "0"), "rank 0 must lie between 1 and the hidden size, 16"),
         (("--substitute", "linear", "--substitute_rank", "17"), "rank 17 must lie between 1 and the hidden size, 16"),

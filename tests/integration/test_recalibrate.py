@@ -72,18 +72,22 @@ def test_another_capacity_is_met_on_rows_that_were_not_trained_on(by_budget, rec
         assert in_units(entry["threshold"], tmp_path / "out") == pytest.approx(
             in_units(before_it["threshold"], by_budget), rel=1e-4
         )
+    assert set(after["use"]) >= {"agreement", "executed", "foreign"}
+    assert after["use"]["prompts"] == before["use"]["prompts"] == len(after["answers"])
+    assert after["use"]["executed"]["mean"] < before["use"]["executed"]["mean"]
     facts = inspect_checkpoint(tmp_path / "out", [96])
     assert facts["trained"]["capacity"] == pytest.approx(after["held_out"]["routed"]["eval_capacity"])
 
     again = tmp_path / "again"  # there and back, by the record that it carries along
-    recalibrate(tmp_path / "out", "--capacity", 0.7, "--rows", 2, "--output_dir", again)
+    recalibrate(tmp_path / "out", "--capacity", 0.7, "--rows", 2, "--max_use_prompts", 0, "--output_dir", again)
     assert threshold_of(again) == pytest.approx(threshold_of(by_budget), abs=0.02)
 
 
 def test_the_capacity_that_was_trained_for_changes_nothing(by_budget, recalibrate, tmp_path):
-    recalibrate(by_budget, "--capacity", 0.7)
+    recalibrate(by_budget, "--capacity", 0.7, "--max_use_prompts", 0)
     wanted, got = results_of(by_budget)["held_out"]["routed"], results_of(tmp_path / "out")["held_out"]["routed"]
-    recalibrate(by_budget, "--capacity", 0.7, "--rows", 2, "--output_dir", tmp_path / "same")
+    more = ("--rows", 2, "--max_use_prompts", 0, "--output_dir", tmp_path / "same")
+    recalibrate(by_budget, "--capacity", 0.7, *more)
     same = results_of(tmp_path / "same")["held_out"]["routed"]
     for name, value in same.items():
         assert value == pytest.approx(wanted[name], abs=0.01 if "capacity" in name else 1e-3)
@@ -117,6 +121,31 @@ def test_routers_of_sequences_shift_too(workplace, finetune, recalibrate, tmp_pa
         assert mod["sequence_pooling"] == pooling
 
 
+def test_a_checkpoint_that_has_no_table_gets_one_and_is_told_what_it_is(by_budget, recalibrate, tmp_path, caplog):
+    bare = shutil.copytree(by_budget, tmp_path / "bare")
+    config = json.loads((bare / "config.json").read_text())
+    del config["mod"]["capacities"]
+    (bare / "config.json").write_text(json.dumps(config))
+    recalibrate(bare, "--capacity", 0.6, "--rows", 2, "--max_use_prompts", 0)
+    facts = inspect_checkpoint(tmp_path / "out", [96])
+    assert facts["capacities"] == [0.6]
+    assert facts["target_is"] == "what it was calibrated for"
+    settings = read_settings(tmp_path / "out")
+    assert settings.at_capacity(0.6).threshold == settings.threshold
+    assert "left out" not in caplog.text
+    maps = [load_file(path / "substitutes.safetensors") for path in (bare, tmp_path / "out")]
+    assert all(maps[1][name].equal(tensor) for name, tensor in maps[0].items())
+
+
+def test_capacities_that_were_calibrated_on_other_text_are_left_out_and_it_is_said(
+    by_budget, recalibrate, workplace, tmp_path, caplog
+):
+    other = ("--calibration_file", workplace / "data/alpaca/data.jsonl", "--max_use_prompts", 0)
+    recalibrate(by_budget, "--capacity", 0.6, "--rows", 2, *other)
+    assert [entry["capacity"] for entry in read_settings(tmp_path / "out").capacities] == [0.6]
+    assert "the capacities 0.5, 0.7, 0.75, 0.9 are left out" in caplog.text
+
+
 def strip_units(checkpoint, copy):
     """Copy a checkpoint, its routers as a program writes them that knows nothing of units."""
     shutil.copytree(checkpoint, copy)
@@ -129,6 +158,7 @@ def strip_units(checkpoint, copy):
     [
         (("--capacity", "1.5"), "capacity 1.5 must be above 0 and at most 1"),
         (("--capacity", "0.9", "--rows", "0"), "rows 0 must be at least 1"),
+        (("--capacity", "0.9", "--max_use_prompts", "-1"), "max_use_prompts -1 must not be negative"),
         (("--capacity", "0.9", "--calibration_file", "missing.jsonl"), "missing.jsonl: no such file"),
         (("--capacity", "0.9", "--max_train_samples", "100000"), ""),
     ],
