@@ -150,6 +150,7 @@ def test_a_run_that_was_killed_goes_on_when_the_command_is_given_again(workplace
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_it_measured_has_its_checkpoint_and_goes_on_measuring(workplace, finetune, trained):
     directory = workplace / "killed-measuring"
     shutil.copytree(trained[0], directory)

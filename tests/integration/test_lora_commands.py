@@ -27,6 +27,7 @@ def build(repository, *arguments):
 def test_the_output_merges_and_trains_on_only_when_merged(with_lora, workplace, repository, finetune):
     from utils.model.checkpoint import load_mod_model
 
+    assert json.loads((with_lora / "results.json").read_text())["dense_is"] == "adapted"
     arguments = ("--ckpt_root", workplace / "ckpt", "--folder_name", "merged", "--merge_lora", with_lora)
     result = build(repository, *arguments)
     assert result.stdout.strip() == str(workplace / "ckpt/merged"), result.stderr

@@ -263,7 +263,8 @@ def test_the_runs_table_has_figures_of_use_and_an_example_where_they_were_measur
 
 
 def test_the_runs_table_has_the_other_capacities_and_what_its_dense_is():
-    held_out = {"eval_loss": 2.5, "eval_capacity": 0.5, "eval_capacity/layer_3": 0.5}
+    held_out = {"eval_loss": 2.5, "eval_capacity": 0.5, "eval_capacity/layer_3": 0.5, "eval_skipped": 0.25}
+    held_out |= {"eval_flops_saved_512": 0.1, "eval_flops_saved_2048": 0.1}
     use = {name: {"mean": 0.25, "stderr": None} for name in FIGURES} | {"prompts": 3, "max_new_tokens": 9}
     results = {
         "held_out": {"dense": {"dense_loss": 2.0}, "routed": held_out, "rows": 8},
@@ -277,9 +278,9 @@ def test_the_runs_table_has_the_other_capacities_and_what_its_dense_is():
     lines = run_table(results).splitlines()
     start = lines.index("The same checkpoint set to other capacities:")
     assert [line.split() for line in lines[start + 1 : start + 4]] == [
-        ["capacity", "of", "rows", "in", "use", "loss", "agreement", "forward"],
-        ["0.9", "0.94", "-", "2.500", "-", "-"],
-        ["0.5", "0.50", "0.25", "2.750", "0.25", "1.25x"],
+        ["capacity", "of", "rows", "in", "use", "skipped", "loss", "agreement", "forward"],
+        ["0.9", "0.94", "-", "-", "2.500", "-", "-"],
+        ["0.5", "0.50", "0.25", "25.0%", "2.750", "0.25", "1.25x"],
     ]
     assert not any("dense is" in line for line in lines)
     adapted = run_table(results | {"dense_is": "adapted"})
