@@ -36,6 +36,7 @@ from utils.model.checkpoint import (
     write_checkpoint,
 )
 from utils.model.configuration_mod import GRANULARITIES, MoDSettings
+from utils.pipeline import substitutes
 from utils.pipeline.substitutes import (
     BEGINNING_WEIGHT,
     BranchExamples,
@@ -366,6 +367,24 @@ class TestTheFit:
                 expected.add(inputs, outputs, weights * counts)
                 for name, value in vars(branches.moments[place]).items():
                     torch.testing.assert_close(value, vars(expected)[name], atol=1e-4, rtol=1e-4, msg=f"{place} {name}")
+
+    @pytest.mark.parametrize("granularity", ["block_token", "attn_mlp_token"])
+    def test_few_sums_at_a_time_give_the_same_maps(self, granularity, monkeypatch):
+        _, model = make_pair("llama", granularity, substitute=SUBSTITUTE)
+        input_ids, mask = pad(texts((40,) * 4), "right")
+        batches, forwards = [{"input_ids": input_ids, "attention_mask": mask}] * 2, []
+        model.register_forward_pre_hook(lambda *_: forwards.append(1))
+        at_once = fit(model, batches)
+        assert len(forwards) == 2
+        forwards.clear()
+        monkeypatch.setattr(substitutes, "SUMS_BYTES", 2 * 16 * HIDDEN_SIZE**2)
+        apart = fit(model, batches)
+        places = model.mod_settings.places
+        assert len(forwards) == 2 * -(-len(places) // 2)
+        assert list(apart) == list(at_once) == list(places)
+        for place, maps in at_once.items():
+            for name, value in maps.items():
+                assert apart[place][name].equal(value)
 
     def test_the_branches_of_the_dense_model_are_what_is_fitted(self):
         _, model = make_pair("llama", "mlp_token", substitute={"kind": "linear", "rank": HIDDEN_SIZE}, threshold=0.9)

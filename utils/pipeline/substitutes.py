@@ -1,10 +1,11 @@
 """Fit the substitutes in closed form: ridge regression of a branch's output on its normed input, cut to a low rank.
 
 `S(x) = U D x + b` minimises `sum_i |F(x_i) - S(x_i)|^2`, `x` and `F` as in `substitute_mod.py`, over tokens of the
-training rows in the dense model. Only sums over tokens are kept, so memory doesn't grow with the rows, and the layers
-are solved one after the other, in float64. Of all maps of rank r the best is the full solution `B`, seen through its r
-strongest output directions: the eigenvectors of `B' C B`, `C` being the covariance of the inputs (reduced-rank
-regression). It is a start: training goes on from it, together with the routers (`RouterTrainer`).
+training rows in the dense model. Only sums over tokens are kept, of as many layers at a time as `SUMS_BYTES` hold, so
+memory grows neither with the rows nor with the layers; each layer is solved by itself, in float64. Of all maps of rank
+r the best is the full solution `B`, seen through its r strongest output directions: the eigenvectors of `B' C B`, `C`
+being the covariance of the inputs (reduced-rank regression). It is a start: training goes on from it, together with
+the routers (`RouterTrainer`).
 
 For experts `F` is what a layer's experts return together for a token, `sum_i G_i E_i / sum_i G_i`, each token counting
 with the square of `sum_i G_i`.
@@ -34,6 +35,8 @@ RIDGE = 1e-2
 """Strength of the ridge, in units of the inputs' mean variance."""
 TOKENS_PER_FEATURE = 8
 """Tokens that a fit takes, as far as there are so many, for each feature of the hidden states."""
+SUMS_BYTES = 2 << 30
+"""Memory for sums over tokens; where those of all routers take more, the rows are read several times."""
 BEGINNING_WEIGHT = 16.0
 """How many times a token counts that all rows begin with."""
 MISSED_WEIGHT = 5.0
@@ -86,17 +89,25 @@ def fit(
     """
     settings, training = model.config.mod_settings, model.training
     model.eval()
-    branches = BranchMoments(model, common_beginning(batches))
-    branches.read(tqdm(batches, desc="reading branches for substitutes", unit="batch", disable=not progress))
+    beginning, fitted, left = common_beginning(batches), {}, {}
+    for places in _together(settings.places, model.config.hidden_size):
+        branches = BranchMoments(model, beginning, places)
+        branches.read(tqdm(batches, desc="reading branches for substitutes", unit="batch", disable=not progress))
+        for place in tqdm(places, desc="fitting substitutes", unit="branch", disable=not progress):
+            fitted[place], left[place] = solve(branches.moments.pop(place), settings.substitute_rank(place))
     model.train(training)
-    ranks = {place: settings.substitute_rank(place) for place in settings.places}
-    fitted, left = solve_all(branches.moments, ranks, progress)
     logger.info(
         "substitutes fitted on %d rows; share of each branch's variance that they leave: %s",
         sum(len(batch["input_ids"]) for batch in batches),
         " ".join(f"{share:.2f}" for share in left.values()),
     )
     return {layer: {name: value.float().contiguous() for name, value in of.items()} for layer, of in fitted.items()}
+
+
+def _together(places: Sequence[Place], hidden_size: int) -> list[Sequence[Place]]:
+    """Return the places in parts whose `Moments` are held at once."""
+    count = max(1, SUMS_BYTES // (2 * 8 * hidden_size**2))
+    return [places[start : start + count] for start in range(0, len(places), count)]
 
 
 def common_beginning(batches: Iterable[Mapping[str, torch.Tensor]]) -> int:
@@ -159,12 +170,14 @@ class RoutedBranches(ABC):
     Args:
         model: a routed model.
         beginning: tokens, the first ones of each row, that count `BEGINNING_WEIGHT` times.
+        places: whose branches; None for all.
     """
 
-    def __init__(self, model: nn.Module, beginning: int = 0):
+    def __init__(self, model: nn.Module, beginning: int = 0, places: Sequence[Place] | None = None):
         self.model = model
         self.beginning = beginning
         self.settings = model.config.mod_settings
+        self.places = self.settings.places if places is None else places
         self._mask: torch.Tensor | None = None  # bool [batch * tokens], of the batch that is running
         self._weights: torch.Tensor | None = None  # float32 [tokens that are real], likewise
         self._attended: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -192,7 +205,7 @@ class RoutedBranches(ABC):
             self._handles.clear()
 
     def _hook(self) -> None:
-        for place in self.settings.places:
+        for place in self.places:
             layer, branch = self.model.get_decoder().layers[layer_of(place)], self.settings.branch_of(place)
             if branch == "expert":
                 self._handles.append(layer.mlp.experts.register_forward_hook(self._of_experts(place)))
@@ -240,10 +253,10 @@ class RoutedBranches(ABC):
 class BranchMoments(RoutedBranches):
     """Sums up moments: `moments`, place -> `Moments`."""
 
-    def __init__(self, model: nn.Module, beginning: int = 0):
-        super().__init__(model, beginning)
+    def __init__(self, model: nn.Module, beginning: int = 0, places: Sequence[Place] | None = None):
+        super().__init__(model, beginning, places)
         size, routers = model.config.hidden_size, model.router_modules()
-        self.moments = {place: Moments.zero(size, router.weight.device) for place, router in routers.items()}
+        self.moments = {place: Moments.zero(size, routers[place].weight.device) for place in self.places}
 
     def take(self, place: Place, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor) -> None:
         self.moments[place].add(inputs, outputs, weights)
@@ -300,19 +313,3 @@ def solve(moments: Moments, rank: int) -> tuple[dict[str, torch.Tensor], float]:
     fit = up @ down
     left = variance - 2 * (fit * crossed.T).sum() + ((fit @ covariance) * fit).sum()
     return {"down": down, "up": up, "bias": mean_y - fit @ mean_x}, float(left / variance.clamp(min=1e-30))
-
-
-def solve_all(
-    moments: Mapping[Place, Moments], ranks: Mapping[Place, int], progress: bool = False
-) -> tuple[dict[Place, dict[str, torch.Tensor]], dict[Place, float]]:
-    """Return `solve`'s of each router: place -> parameters, and place -> share of variance left.
-
-    Args:
-        moments: place -> moments.
-        ranks: place -> rank.
-        progress: show a bar.
-    """
-    parameters, left = {}, {}
-    for place in tqdm(moments, desc="fitting substitutes", unit="branch", disable=not progress):
-        parameters[place], left[place] = solve(moments[place], ranks[place])
-    return parameters, left
