@@ -166,7 +166,11 @@ def test_between_capacities_thresholds_are_between_and_all_is_executed_at_1():
     first, second = settings.at_capacity(0.7).threshold
     assert first == pytest.approx(0.5)
     assert 0.4 < second < 0.7
-    assert settings.at_capacity(0.9).threshold == (0.4, 0.4)
+    assert settings.at_capacity(0.9).threshold == 0.4
+    of_experts = ({"capacity": 0.5, "threshold": (0.6, (0.6, 0.7))}, {"capacity": 0.9, "threshold": ((0.4, 0.5), 0.4)})
+    first, second = MoDSettings("expert_token", (1, 2), capacities=of_experts).at_capacity(0.7).threshold
+    assert first == pytest.approx((0.5, 0.5505), abs=1e-4)
+    assert second == pytest.approx((0.5, 0.5550), abs=1e-4)
     with pytest.raises(ValueError, match=r"0.95 is outside .*0.5 to 0.9 \(0.5, 0.9\); 1 executes everything"):
         settings.at_capacity(0.95)
     for each in (settings, MoDSettings("mlp_token", (1, 2), threshold=0.7)):

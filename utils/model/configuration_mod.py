@@ -87,17 +87,25 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+def _pairs(one: Any, other: Any) -> list[tuple[Any, Any]] | None:
+    """Return thresholds side by side, where one number may stand for many; None for two numbers."""
+    many = max((len(each) for each in (one, other) if isinstance(each, tuple)), default=None)
+    if many is None:
+        return None
+    return list(zip(*(each if isinstance(each, tuple) else (each,) * many for each in (one, other)), strict=True))
+
+
 def _nowhere_below(one: Any, other: Any) -> bool:
-    """Tell whether no threshold of the one is below the other's, which are as many."""
-    if isinstance(one, tuple):
-        return all(map(_nowhere_below, one, other))
-    return one >= other
+    """Tell whether none of the one's thresholds is below the other's."""
+    pairs = _pairs(one, other)
+    return one >= other if pairs is None else all(_nowhere_below(*pair) for pair in pairs)
 
 
 def _between(low: Any, high: Any, part: float) -> Any:
     """Return thresholds between two, `part` of the way, in logits."""
-    if isinstance(low, tuple):
-        return tuple(_between(a, b, part) for a, b in zip(low, high, strict=True))
+    pairs = _pairs(low, high)
+    if pairs is not None:
+        return tuple(_between(*pair, part) for pair in pairs)
     a, b = (math.log(threshold / (1 - threshold)) for threshold in (low, high))
     return 1 / (1 + math.exp(-(a + part * (b - a))))
 
@@ -196,17 +204,13 @@ class MoDSettings:
         entries = tuple(self.capacities) if isinstance(self.capacities, list | tuple) else ()
         if not all(isinstance(entry, dict) and set(entry) == {"capacity", "threshold"} for entry in entries):
             raise ValueError("mod.capacities must be a list of objects with capacity and threshold, or be left out")
-        entries = tuple({**entry, "threshold": self._of_routers(entry["threshold"])} for entry in entries)
+        entries = tuple({**entry, "threshold": _as_tuples(entry["threshold"])} for entry in entries)
         shares = [entry["capacity"] for entry in entries]
         if not entries or not all(map(_is_number, shares)) or shares != sorted(set(shares)):
             raise ValueError(f"mod.capacities {shares} must be one or more ascending numbers")
         for entry in entries:  # each is a checkpoint's own setting
             replace(self, threshold=entry["threshold"], target_capacity=entry["capacity"], capacities=None)
         object.__setattr__(self, "capacities", entries)
-
-    def _of_routers(self, threshold: Any) -> Any:
-        """Return thresholds as a tuple with one for each router, where one number holds for all."""
-        return _as_tuples(threshold) if isinstance(threshold, list | tuple) else (threshold,) * len(self.places)
 
     def at_capacity(self, capacity: float) -> "MoDSettings":
         """Return the settings by which this share of the inputs is executed.
