@@ -1,6 +1,7 @@
 """Substitutes: what a skipped branch returns, the same in dense and sparse execution, and the closed-form fit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -246,12 +247,30 @@ def fitted(tmp_path_factory):
 class TestACheckpoint:
     """Its routers are at zero, as a static baseline's are: the maps are for what they were fitted to all the same."""
 
-    @pytest.mark.parametrize("other", [{"granularity": "mlp_token"}, {"mod_n": 2}, {"mod_n": 5}])
+    @pytest.mark.parametrize("other", [{"granularity": "mlp_token"}, {"mod_n": 2}])
     def test_maps_are_for_no_other_routing(self, fitted, other):
         settings = make_settings(read_config(fitted), **other)
         assert settings.substitute is None
         with pytest.raises(UserError, match=r"holds substitutes for attn_token of layers \[1, 3, 4\]; train from the"):
             load_mod_model(fitted, settings)
+
+    def test_layers_that_are_routed_besides_start_with_maps_at_zero(self, fitted):
+        settings = make_settings(read_config(fitted), mod_n=5)
+        assert settings.layers == (0, 1, 2, 3, 4)
+        grown, before = load_mod_model(fitted, settings), load_mod_model(fitted)
+        assert type(grown) is type(before)
+        maps = grown.substitute_modules()
+        for layer, module in before.substitute_modules().items():
+            assert torch.equal(maps[layer].down, module.down)
+        assert not any(parameter.any() for layer in (0, 2) for parameter in maps[layer].parameters())
+
+    def test_a_checkpoint_that_lacks_maps_of_its_own_is_refused(self, fitted, tmp_path):
+        config = read_config(fitted)
+        config["mod"] |= {"layers": [0, 1, 2, 3, 4], "threshold": 0.5}
+        shutil.copytree(fitted, tmp_path / "lacking", symlinks=True)
+        (tmp_path / "lacking/config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"missing weights: model\.layers\.0\.substitute"):
+            load_mod_model(tmp_path / "lacking")
 
     def test_a_new_checkpoint_by_its_config_has_nothing_that_was_trained(self, fitted, tmp_path, caplog):
         table = [{"capacity": 0.75, "threshold": [0.4] * 3}]

@@ -157,9 +157,9 @@ def make_settings(
                     reset,
                     f"; layers {kept} keep theirs" if kept else "",
                 )
-        others = (given.get(name, getattr(settings, name)) for name in ("granularity", "layers"))
-        if tuple(others) != (settings.granularity, settings.layers):  # these are for no others either
-            given |= {"capacities": None, "sequence_pooling": None, "substitute": None}
+        others = tuple(given.get(name, getattr(settings, name)) for name in ("granularity", "layers"))
+        if others != (settings.granularity, settings.layers):  # these are for no others either
+            given |= {"capacities": None, "sequence_pooling": None, "substitute": _grown_substitute(settings, *others)}
         settings = replace(settings, **given)
         if settings.granularity == EXPERT_GRANULARITY:
             _config_object(config, settings)  # knows which layers have experts
@@ -168,6 +168,25 @@ def make_settings(
         raise
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _grown_substitute(settings: MoDSettings, granularity: str, layers: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return kind and ranks of the substitutes where more layers are routed; None where they stand for other branches.
+
+    A new layer's have the rank of the first one that stands for the same branch.
+    """
+    same = granularity == settings.granularity and set(settings.layers) <= set(layers)
+    if settings.substitute is None or not same:
+        return None
+    ranks = settings.substitute["rank"]
+    if isinstance(ranks, int):
+        return settings.substitute
+    known = dict(zip(settings.places, ranks, strict=True))
+    of_branch = {settings.branch_of(place): rank for place, rank in reversed(known.items())}
+    grown = replace(settings, threshold=0.5, substitute=None, capacities=None, layers=layers)
+    return settings.substitute | {
+        "rank": [known.get(place, of_branch[grown.branch_of(place)]) for place in grown.places]
+    }
 
 
 def read_settings(directory: str | Path, capacity: float | None = None) -> MoDSettings:
@@ -645,10 +664,18 @@ def load_mod_model(directory: str | Path, settings: MoDSettings | None = None, *
     check_base_weights(directory, config)
     check_adapter(directory)
     settings = settings or make_settings(config)
+    loading_class = model_class
     if is_mod(config):
-        _refuse_other_routing(directory, MoDSettings.from_dict(config["mod"]), settings)
+        trained = MoDSettings.from_dict(config["mod"])
+        _refuse_other_routing(directory, trained, settings)
+        if settings.substitute and (new := sorted(set(settings.layers) - set(trained.layers))):  # these start at zero
+            lacking = rf"layers\.({'|'.join(map(str, new))})\.(attn_|mlp_)?substitute\."
+            allowed = [*model_class._keys_to_ignore_on_load_missing, lacking]
+            loading_class = type(model_class.__name__, (model_class,), {"_keys_to_ignore_on_load_missing": allowed})
     try:
-        return model_class.from_pretrained(directory, config=_config_object(config, settings), **kwargs)
+        model = loading_class.from_pretrained(directory, config=_config_object(config, settings), **kwargs)
+        model.__class__ = model_class
+        return model
     except (ImportError, ValueError) as error:  # an attention whose package is not installed; weights that don't fit
         raise UserError(f"{directory}: {error}") from None
 
@@ -676,7 +703,7 @@ def _refuse_other_routing(directory: Path, trained: MoDSettings, settings: MoDSe
     Substitutes stand for the branches that they were fitted to.
     """
     same_granularity = settings.granularity == trained.granularity
-    if trained.substitute is not None and not (same_granularity and settings.layers == trained.layers):
+    if trained.substitute is not None and not (same_granularity and set(trained.layers) <= set(settings.layers)):
         raise UserError(
             f"{directory}: holds substitutes for {trained.granularity} of layers {list(trained.layers)}; train from "
             f"the dense base to route {settings.granularity} of layers {list(settings.layers)}"

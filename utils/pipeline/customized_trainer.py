@@ -300,12 +300,14 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     @torch.no_grad()
     def _fit_substitutes(self) -> None:
-        """Set the substitutes to the closed-form fit, unless they were trained already; every process must call it."""
+        """Set substitutes that were not trained already to the closed-form fit; every process must call it."""
         substitutes = self.model.substitute_modules()
         parameters = [parameter for module in substitutes.values() for parameter in module.parameters()]
         with whole_parameters(parameters):
-            if not parameters or any(parameter.any() for parameter in parameters):
-                return
+            trained = {place for place, module in substitutes.items() if any(p.any() for p in module.parameters())}
+        substitutes = {place: module for place, module in substitutes.items() if place not in trained}
+        if not substitutes:
+            return
         show = self.is_world_process_zero() and not self.args.disable_tqdm
         fitted = fit(self.model, list(self._first_batches(self._rows_to_fit())), progress=show)
         for layer, substitute in substitutes.items():
