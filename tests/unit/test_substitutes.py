@@ -115,6 +115,34 @@ def test_on_a_split_model_they_run_where_their_layer_does(granularity, tmp_path)
         torch.testing.assert_close(split(tokens).logits, expected, atol=LOGITS_BOUND, rtol=1e-5)
 
 
+class Int8Linear(torch.nn.Module):
+    """Has its weight in bytes, with a scale for each output: what weight-only quantization makes of a Linear."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, inputs):
+        return torch.nn.functional.linear(inputs, self.weight * self.scale)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "block_token"])
+def test_what_quantizes_linears_leaves_them_as_they_are(granularity):
+    model, tokens = substituted("llama", granularity), random_tokens(2, 9)
+    kept = {name: parameter.clone() for name, parameter in substitute_parameters(model).items()}
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.model.set_submodule(name, Int8Linear(module))
+    assert model.model.layers[LAYERS[0]].mlp.up_proj.weight.dtype == torch.int8
+    for name, parameter in substitute_parameters(model).items():
+        assert parameter.equal(kept[name])
+    with torch.no_grad():
+        dense, sparse = (model(tokens, execution=execution).logits for execution in ("dense", "sparse"))
+        torch.testing.assert_close(sparse, dense, atol=LOGITS_BOUND, rtol=1e-5)
+        assert (dense - model(tokens, route=False).logits).abs().max() > 0.01
+
+
 @every_granularity
 def test_a_cached_continuation_equals_the_whole_forward(granularity):
     model, tokens = substituted("llama", granularity), random_tokens(3, 12)
