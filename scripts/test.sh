@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Runs the checks and the tests.
 #
-#   bash scripts/test.sh [--tier default|slow|gpu|all] [arguments for pytest]
+#   bash scripts/test.sh [--tier default|slow|gpu|serve|all] [arguments for pytest]
 #
 #   default  fast tests, offline, on a CPU
 #   slow     tests that take minutes, such as whole training runs
 #   gpu      tests that need a CUDA device
-#   all      every test; those that need a device that is not here are skipped
+#   serve    tests of the vLLM plugin against the real engine, in .venv-serve, which is made if it isn't there; with
+#            `-m "serve and not slow"` a short form of a few minutes
+#   all      every test but those of serve; those that need a device that is not here are skipped
 #
 # Lint, format and shell checks run with every tier. The exit code is not zero when any step failed, and the last lines
 # say which; with nothing failed, the last line is pytest's summary.
@@ -39,11 +41,12 @@ while (($#)); do
 done
 case "$tier" in
   default) markers=() ;; # as pyproject.toml has it: not slow and not gpu
-  slow) markers=(-m "slow and not gpu") ;;
+  slow) markers=(-m "slow and not gpu and not serve") ;;
   gpu) markers=(-m gpu) ;;
-  all) markers=(-m "") ;;
+  serve) markers=(-m serve) ;;
+  all) markers=(-m "not serve") ;;
   *)
-    echo "error: --tier ${tier:-(nothing)}: allowed are default, slow, gpu and all" >&2
+    echo "error: --tier ${tier:-(nothing)}: allowed are default, slow, gpu, serve and all" >&2
     exit 2
     ;;
 esac
@@ -70,6 +73,11 @@ check_shell() {
 step "ruff check" python -m ruff check .
 step "ruff format" python -m ruff format --check .
 step "shellcheck" check_shell
+if [[ "$tier" == serve ]]; then
+  serving="$(bash scripts/setup_serve.sh)" # another vLLM, torch and transformers than those of training
+  export PATH="$serving/bin:$PATH" VIRTUAL_ENV="$serving"
+  pytest_arguments=(tests/serving ${pytest_arguments[@]+"${pytest_arguments[@]}"})
+fi
 step "pytest ($tier)" python -m pytest ${markers[@]+"${markers[@]}"} ${pytest_arguments[@]+"${pytest_arguments[@]}"}
 
 if ((${#failed[@]})); then

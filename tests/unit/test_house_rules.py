@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "data": {"io"},
     "pipeline": {"model", "io"},
     "evaluation": {"model", "io"},
+    "serving": set(),  # a package of its own, in an environment of its own
 }
 """Package of `utils` -> the other packages of `utils` that it may import."""
 
