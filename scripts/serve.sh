@@ -20,11 +20,13 @@ die() {
   exit 1
 }
 
-case "${1:-}" in
-  -h | --help)
+for argument in "$@"; do
+  if [[ "$argument" == -h || "$argument" == --help ]]; then
     sed -n '2,/^set /{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
     exit 0
-    ;;
+  fi
+done
+case "${1:-}" in
   --help=*) ;;
   "" | -*) die "serve.sh ${1:-}: the first argument is a checkpoint: bash scripts/serve.sh path/to/output (--help for more)" ;;
   *) [[ -d "$1" ]] || die "$1: no such directory; give the output directory of a training" ;; # before a long set-up

@@ -8,6 +8,7 @@ layers     share of inputs that each layer skips (Figure 4): results.json of tra
 training   loss and capacity over the steps: trainer_state.json of training runs
 experts    assigned and executed tokens by expert (Figure 8): JSON of expert_load.py or of an evaluation
 series     quality against what was varied (Figures 5, 6, 7): {"x_label", "y_label", "dense", "series": [...]}
+serving    what a routed server takes over its dense base: JSON of scripts/benchmark_serving.sh
 pareto     quality against measured speed: {"x_label", "y_label", "points": [{"name", "x", "y"}, ...]}, or JSON lines
            with "name", "granularity" and numbers, of which --x and --y are drawn, a line for each name
 """
@@ -28,7 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("kind", choices=("layers", "training", "experts", "series", "pareto"), help="what to draw")
+    kinds = ("layers", "training", "experts", "series", "pareto", "serving")
+    parser.add_argument("kind", choices=kinds, help="what to draw")
     parser.add_argument("files", type=Path, nargs="+", help="JSON")
     parser.add_argument("--names", nargs="+", help="names of the files in the legend (their folders')")
     parser.add_argument("--output", type=Path, required=True, help="path without an ending")

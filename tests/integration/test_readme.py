@@ -31,6 +31,7 @@ ARGUMENTS_ONLY = {  # command -> what is added so that it ends after its argumen
     "bash scripts/data/download.sh": "--help",
     "bash scripts/evaluate.sh path/to/output --tasks piqa openbookqa --limit 200": "--help",  # its data is on the hub
     # each has a test of its own
+    "bash scripts/serve.sh path/to/output": "--help",
     "python entrypoints/evaluation/harness.py run --model mod --model_args pretrained=path/to/output --tasks piqa "
     "--batch_size 16": "--help",
     "python entrypoints/checkpoint/build_mod_checkpoint.py --folder_name merged-mod "

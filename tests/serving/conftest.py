@@ -30,12 +30,14 @@ def make_checkpoint(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("checkpoints")
 
-    def make(architecture="llama", granularity="block_token", substitute=True, **settings):
-        name = "-".join(map(str, (architecture, granularity, substitute, *settings)))
+    def make(architecture="llama", granularity="block_token", substitute=True, kv_heads=1, vocab_size=256, **settings):
+        parts = (architecture, granularity, substitute, kv_heads, vocab_size, *settings)
+        name = "-".join(map(str, parts))
         if (root / name).exists():
             return root / name
-        fields = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96}
+        fields = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
         fields |= {"max_position_embeddings": 1024, "sliding_window": None}
+        fields |= {"vocab_size": vocab_size, "num_key_value_heads": kv_heads}
         if architecture == "qwen3":
             fields["head_dim"] = 32
         if architecture.startswith("qwen"):

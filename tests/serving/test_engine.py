@@ -94,7 +94,8 @@ def test_by_sequence_a_server_keeps_prompts_whole(engine, make_checkpoint, proje
 @pytest.mark.parametrize("granularity", ["block_sequence", "attn_token"])
 def test_a_preempted_request_stays_as_decided(engine, make_checkpoint, project_models, granularity):
     checkpoint = make_checkpoint("llama", granularity)
-    llm, model = engine(checkpoint, num_gpu_blocks_override=14, block_size=32, enable_prefix_caching=False)
+    # 448 tokens fit, and 640 are wanted
+    llm, model = engine(checkpoint, max_model_len=256, num_gpu_blocks_override=14, block_size=32)
     models, recorder = project_models(checkpoint), Recorder(model)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     preempted, preempt = [], scheduler._preempt_request
@@ -152,3 +153,28 @@ def test_several_answers_to_one_prompt_and_a_request_that_is_aborted(engine, mak
     recorder = Recorder(model)
     check_outputs(project_models(checkpoint), recorder, answer(llm, prompts_of((50, 7, 21, 64))))
     assert len(model.routed.decisions.rows) <= 4
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_processes_decide_alike(make_checkpoint, monkeypatch):
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to send `executed_by` to the workers
+    checkpoint = make_checkpoint("llama", "block_token", True, kv_heads=2)
+    said = []
+    for processes in (1, 2):
+        options = {"tensor_parallel_size": processes, "max_model_len": 512, "enforce_eager": True}
+        llm = LLM(str(checkpoint), dtype="float32", skip_tokenizer_init=True, **options)
+        said.append([list(output.outputs[0].token_ids) for output in answer(llm, prompts_of())])
+        counted = llm.collective_rpc(executed_by)
+        assert len(counted) == processes
+        assert all(each == counted[0] for each in counted)
+        del llm
+        cleanup_dist_env_and_memory()
+    assert said[0] == said[1]
+
+
+def executed_by(worker):
+    """Return what a worker's routers executed."""
+    return worker.model_runner.get_model().routed.executed

@@ -10,7 +10,16 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from utils.evaluation.plots import KINDS, draw_experts, draw_layers, draw_pareto, pareto_of, read_figure, save_figure
+from utils.evaluation.plots import (
+    KINDS,
+    draw_experts,
+    draw_layers,
+    draw_pareto,
+    draw_serving,
+    pareto_of,
+    read_figure,
+    save_figure,
+)
 from utils.io.errors import UserError
 
 HISTORY = [{"step": step, "task_loss": 2.0 - step / 10, "capacity": 1 - step / 20} for step in range(1, 6)]
@@ -24,6 +33,18 @@ VALUES = {
     },
     "pareto": {"x_label": "speed", "y_label": "%", "points": [{"name": name, "x": x, "y": y} for name, x, y in POINTS]},
     "training": {"run": [*HISTORY, {"train_loss": 1.0}]},
+    "serving": {
+        "loads": [
+            {
+                **{"load": {"name": name}, "executed": 0.5},
+                "figures": {
+                    figure: {"ratio": {"median": ratio, "low": ratio - 0.05, "high": ratio + 0.02}}
+                    for figure in ("processor_time", "median_ttft_ms", "median_e2el_ms")
+                },
+            }
+            for name, ratio in (("prefill of 480", 0.8), ("32 at a time", 0.85))
+        ]
+    },
 }
 
 
@@ -46,6 +67,12 @@ def test_bars_are_the_share_skipped_and_the_tokens_over_the_mean_assigned():
     axes = Figure().subplots()
     draw_experts(axes, VALUES["experts"])
     assert [bar.get_height() for bar in axes.patches] == [1.0, 2.0, 0.0, 1.0, 0.5, 2.0, 0.0, 0.25]
+
+
+def test_bars_of_servers_are_the_routed_ones_over_the_dense_ones():
+    axes = Figure().subplots()
+    draw_serving(axes, VALUES["serving"])
+    assert [bar.get_height() for bar in axes.patches] == [0.8, 0.85] * 3
 
 
 def test_the_front_joins_what_nothing_beats():

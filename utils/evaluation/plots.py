@@ -171,12 +171,36 @@ LABELS: dict[str, str] = {
 }
 """Number of a run -> what it is called in tables and figures."""
 
+
+def draw_serving(axes: Axes, value: dict[str, Any]) -> None:
+    """Draw what a routed server takes, over what its dense base does, for each load; bars span the repeats.
+
+    Args:
+        value: the JSON of `scripts/benchmark_serving.sh`: `loads`, each with `load`, `executed` and `figures`.
+    """
+    loads = value["loads"]
+    titles = {"processor_time": "processor time", "median_ttft_ms": "time to first token", "median_e2el_ms": "latency"}
+    width = 0.8 / len(titles)
+    for number, (name, title) in enumerate(titles.items()):
+        ratios = [load["figures"][name]["ratio"] for load in loads]
+        middles = np.asarray([ratio["median"] for ratio in ratios])
+        spans = [middles - [ratio["low"] for ratio in ratios], [ratio["high"] for ratio in ratios] - middles]
+        places = np.arange(len(loads)) + (number - (len(titles) - 1) / 2) * width
+        fill, hatch = str(0.35 + 0.6 * number / len(titles)), HATCHES[number % 4]
+        axes.bar(places, middles, width, yerr=spans, label=title, color=fill, hatch=hatch, edgecolor="black", capsize=2)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    names = [f"{load['load']['name']}\n({load['executed']:.2f} executed)" for load in loads]
+    axes.set_xticks(range(len(loads)), names, fontsize=7)
+    axes.set(ylabel="routed over dense")
+
+
 KINDS: dict[str, Callable[[Axes, Any], None]] = {
     "layers": draw_layers,
     "experts": draw_experts,
     "series": draw_series,
     "pareto": draw_pareto,
     "training": draw_training,
+    "serving": draw_serving,
 }
 """Kind of figure -> what draws it."""
 

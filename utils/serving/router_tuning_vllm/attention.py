@@ -45,22 +45,28 @@ def _is_unset(value: Any) -> bool:
     return value is None or (isinstance(value, int) and value == 0)
 
 
-def part_of_metadata(attention: Attention, batch: Batch, requests: np.ndarray, tokens: torch.Tensor) -> Any:
-    """Return the metadata of some requests of the batch, with all their tokens in it.
+def part_of_metadata(attention: Attention, batch: Batch, choice: Choice) -> Any:
+    """Return the metadata of the kept tokens of a batch, as if there were no others.
+
+    A causal kernel takes a request's queries to be its last tokens, without gaps: each run of kept tokens becomes a
+    request of its own, with the keys and values up to its last token. Where whole requests are kept, they are the runs.
 
     Args:
         attention: the layer's.
-        requests: int64 [some] on the host, ascending.
-        tokens: int64, indices of all their tokens in the batch.
+        choice: with at least one token kept.
     """
     metadata = get_forward_context().attn_metadata[attention.layer_name]
     device = metadata.query_start_loc.device
-    lengths = np.diff(batch.starts)[requests]
-    starts = np.zeros(len(requests) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=starts[1:])
-    rows = torch.from_numpy(requests).to(device, non_blocking=True)
-    query_start_loc = torch.from_numpy(starts).to(device, non_blocking=True)
+    tokens = np.flatnonzero(choice.host)
+    requests = batch.request_of_token_on_host[tokens]
+    begins = np.flatnonzero(np.append(True, (np.diff(tokens) != 1) | (np.diff(requests) != 0)))
+    starts = np.append(begins, len(tokens)).astype(np.int32)
+    lasts, rows = tokens[starts[1:] - 1], requests[begins]
+    after = batch.starts[rows + 1] - 1 - lasts  # tokens of the request that come later
+    rows = torch.from_numpy(rows).to(device, non_blocking=True)
     seq_lens = metadata.seq_lens[rows]
+    seq_lens = seq_lens - torch.from_numpy(after.astype(np.int32)).to(device, non_blocking=True)
+    query_start_loc = torch.from_numpy(starts).to(device, non_blocking=True)
     rebuilt: dict[str, Any] = {"scheduler_metadata": None}
     if attention.attn_backend.get_name() == "CPU_ATTN":
         rebuilt["scheduler_metadata"] = _cpu_schedule(attention, query_start_loc, seq_lens)
@@ -69,11 +75,11 @@ def part_of_metadata(attention: Attention, batch: Batch, requests: np.ndarray, t
     return replace(
         metadata,
         num_actual_tokens=len(tokens),
-        max_query_len=int(lengths.max()),
+        max_query_len=int(np.diff(starts).max()),
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_table=metadata.block_table[rows],
-        slot_mapping=metadata.slot_mapping[tokens],
+        slot_mapping=metadata.slot_mapping[choice.tokens],
         **rebuilt,
     )
 
@@ -155,10 +161,6 @@ def attend_from(
 ) -> torch.Tensor | None:
     """Put keys and values of all tokens into the cache, but attend from the chosen ones only.
 
-    A causal kernel takes a request's queries to be its last tokens, without gaps. So a request that has one token in
-    this step (decode) is left out if that isn't chosen; one with several (prefill) is computed from the first chosen
-    one on, with queries of zero for those that aren't, whose results are dropped.
-
     Args:
         positions: int64 [tokens].
         normed: [tokens, hidden_size].
@@ -171,31 +173,24 @@ def attend_from(
     keys = _rotated(self_attn, positions, keys, "k").view(len(normed), -1, attention.head_size)
     values = values.reshape(len(normed), -1, attention.head_size)
     context = get_forward_context()
-    attention.impl.do_kv_cache_update(
-        attention, keys, values, attention.kv_cache, context.slot_mapping[attention.layer_name]
-    )
+    slots, metadata = (each[attention.layer_name] for each in (context.slot_mapping, context.attn_metadata))
+    attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, slots)
     if choice.count == 0:
         return None
+    if choice.count < len(normed):
+        positions, normed = positions[choice.tokens], normed[choice.tokens]
+        metadata = part_of_metadata(attention, batch, choice)
+    queries = _rotated(self_attn, positions, projection.queries(normed), "q")
+    return _attend(self_attn, queries, keys, values, metadata)
 
-    everything = choice.count == len(normed)
-    chosen = normed if everything else normed[choice.tokens]
-    queries = _rotated(
-        self_attn, positions if everything else positions[choice.tokens], projection.queries(chosen), "q"
-    )
-    asking = np.logical_or.reduceat(choice.host, batch.starts[:-1])
-    metadata, places = context.attn_metadata[attention.layer_name], None
-    computed = asking[batch.request_of_token_on_host]
-    count = int(np.count_nonzero(computed))
-    if not asking.all():
-        metadata = part_of_metadata(attention, batch, np.flatnonzero(asking), choice.index(computed))
-    if count > choice.count:
-        places = choice.index(choice.host[computed])
-        queries = queries.new_zeros(count, queries.shape[1]).index_copy_(0, places, queries)
-    queries = queries.view(count, -1, attention.head_size)
+
+def _attend(self_attn: nn.Module, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: Any):
+    """Return attention's output for queries [tokens, size], [tokens, hidden_size]; what it reads is in the cache."""
+    attention = self_attn.attn
+    queries = queries.view(len(queries), -1, attention.head_size)
     output = torch.empty_like(queries)
     attention.impl.forward(attention, queries, keys, values, attention.kv_cache, metadata, output=output)
-    output = output.view(count, -1)
-    return self_attn.o_proj(output if places is None else output[places])[0]
+    return self_attn.o_proj(output.view(len(queries), -1))[0]
 
 
 def attend_in(
@@ -210,15 +205,12 @@ def attend_in(
     if choice.count == len(normed):
         return self_attn(positions, normed)
     attention = self_attn.attn
-    requests = np.flatnonzero(choice.host[batch.starts[:-1]])
-    metadata = part_of_metadata(attention, batch, requests, choice.tokens)
+    metadata = part_of_metadata(attention, batch, choice)
     qkv, _ = self_attn.qkv_proj(normed[choice.tokens])
     queries, keys, values = qkv.split([self_attn.q_size, self_attn.kv_size, self_attn.kv_size], dim=-1)
     positions = positions[choice.tokens]
-    queries = _rotated(self_attn, positions, queries, "q").view(choice.count, -1, attention.head_size)
+    queries = _rotated(self_attn, positions, queries, "q")
     keys = _rotated(self_attn, positions, keys, "k").view(choice.count, -1, attention.head_size)
     values = values.reshape(choice.count, -1, attention.head_size)
     attention.impl.do_kv_cache_update(attention, keys, values, attention.kv_cache, metadata.slot_mapping)
-    output = torch.empty_like(queries)
-    attention.impl.forward(attention, queries, keys, values, attention.kv_cache, metadata, output=output)
-    return self_attn.o_proj(output.view(choice.count, -1))[0]
+    return _attend(self_attn, queries, keys, values, metadata)
