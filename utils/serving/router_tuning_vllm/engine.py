@@ -77,7 +77,7 @@ class EngineSettings(VerifyAndUpdateConfig):
             compilation.splitting_ops = [*compilation._attention_ops, *cache_updates]
         if ROUTED_OP not in compilation.splitting_ops:
             compilation.splitting_ops = [*compilation.splitting_ops, ROUTED_OP]
-        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        if not vllm_config.model_config.enforce_eager and compilation.cudagraph_mode != CUDAGraphMode.NONE:
             compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
         # The worker has to hand over which requests a batch has, which is done for one of vLLM's two model runners.
@@ -108,7 +108,7 @@ def _keep_prompts_whole(vllm_config: VllmConfig) -> None:
         scheduler.enable_chunked_prefill = False
         changed.append("chunked prefill")
     if changed:
-        logger.warning("this checkpoint decides for whole prompts: %s switched off", " and ".join(changed))
+        logger.warning_once("this checkpoint decides for whole prompts: %s switched off", " and ".join(changed))
     scheduler.long_prefill_token_threshold = 0
     if scheduler.max_num_batched_tokens < vllm_config.model_config.max_model_len:
         # else a longer prompt would wait for ever
