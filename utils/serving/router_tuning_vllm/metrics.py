@@ -26,28 +26,30 @@ class ShareExecutedLogger(StatLoggerBase):
         self.counts = Counts(json.loads(os.environ[SERVED_VARIABLE])["counts"])
         self.names = [place.name for place in routing_of(vllm_config.model_config.hf_config).places]
         self.counted = self.logged = [(0, 0)] * len(self.names)
-        labels = {"model_name": vllm_config.model_config.served_model_name, "engine": str(engine_index)}
+        self.labels = {"model_name": vllm_config.model_config.served_model_name, "engine": str(engine_index)}
+
+    def log_engine_initialized(self) -> None:
+        """Make the metrics, and say what will be counted.
+
+        Not earlier: vLLM's own logger, which is made after this one, takes all metrics of its prefix off the registry.
+        """
+        if self.counts is None:
+            return
+        labels = self.labels
 
         def family(kind: type, name: str, documentation: str, *more: str, **options):
             return kind(f"vllm:routing_{name}", documentation, [*labels, *more], **options)
 
+        latest = {"multiprocess_mode": "mostrecent"}
         seen = family(Counter, "inputs", "Inputs (tokens) that each router saw.", "layer")
         executed = family(Counter, "inputs_executed", "Inputs that each router executed.", "layer")
-        share = family(
-            Gauge,
-            *("share_executed", "Share of routed inputs executed since the start."),
-            "layer",
-            multiprocess_mode="mostrecent",
-        )
-        remembered = family(
-            Gauge,
-            *("requests_remembered", "Requests whose decisions are remembered."),
-            multiprocess_mode="mostrecent",
-        )
+        share = family(Gauge, "share_executed", "Share of routed inputs executed since the start.", "layer", **latest)
+        remembered = family(Gauge, "requests_remembered", "Requests whose decisions are remembered.", **latest)
         self.seen = [seen.labels(**labels, layer=name) for name in self.names]
         self.executed = [executed.labels(**labels, layer=name) for name in self.names]
         self.shares = [share.labels(**labels, layer=name) for name in (*self.names, "all")]
         self.remembered = remembered.labels(**labels)
+        logger.info("Routers: %s", ", ".join(self.names))
 
     def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0) -> None:
         """Bring the metrics up to what was counted."""
@@ -78,11 +80,6 @@ class ShareExecutedLogger(StatLoggerBase):
         share = _share(self.counted, self.logged)
         logger.info("Routed inputs executed: %.3f of all; by layer %s", share, ", ".join(shares))
         self.logged = self.counted
-
-    def log_engine_initialized(self) -> None:
-        """Say what will be counted."""
-        if self.counts is not None:
-            logger.info("Routers: %s", ", ".join(self.names))
 
 
 def _share(now: list[tuple[int, int]], before: list[tuple[int, int]]) -> float:

@@ -21,6 +21,9 @@ from . import version_problem
 from .check import CheckpointProblem, check_checkpoint
 from .routing import CAPACITY_FIELD, EXECUTION_FIELD, EXECUTIONS
 
+CLOSING_SECONDS = 5
+"""How long connections may stay open once the server is told to stop: an answer that was cut off never ends."""
+
 
 class Refused(Exception):
     """A mistake that the user can mend; one line."""
@@ -93,7 +96,7 @@ def _serve(own: argparse.Namespace, rest: list[str]) -> int:
     greeting = threading.Thread(target=_greet, args=(args, served), daemon=True)
     greeting.start()
     try:
-        asyncio.run(run_server(args))
+        asyncio.run(run_server(args, timeout_graceful_shutdown=CLOSING_SECONDS))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
