@@ -27,6 +27,19 @@ def test_thresholds_at_a_capacity_are_the_models(capacity):
     assert routing().thresholds_at(capacity) == pytest.approx(MoDSettings(**MOD).at_capacity(capacity).threshold, abs=0)
 
 
+def test_all_can_be_executed_whatever_was_calibrated():
+    everything = MoDSettings(**MOD).at_capacity(1).threshold
+    assert routing().thresholds_at(1) == routing(capacities=None).thresholds_at(1.0) == (everything, everything)
+
+
+def test_between_thresholds_out_of_order_nothing_is_known():
+    tables = [TABLES[0], {"capacity": 0.75, "threshold": [0.7, 0.5]}]
+    assert routing(capacities=tables).thresholds_at(0.75) == (0.7, 0.5)
+    for known in (routing(capacities=tables).thresholds_at, MoDSettings(**MOD | {"capacities": tables}).at_capacity):
+        with pytest.raises(ValueError, match="fall out of order"):
+            known(0.5)
+
+
 def test_thresholds_are_the_checkpoints_without_a_capacity():
     assert routing().thresholds == (0.4, 0.5)
     assert routing(threshold=0.5).thresholds == (0.5, 0.5)

@@ -16,6 +16,9 @@ EXECUTIONS = ("skip", "masked")
 CAPACITY_FIELD, EXECUTION_FIELD = "routing_capacity", "routing_execution"
 """What `--hf-overrides` can set: a capacity that the checkpoint was calibrated for, and one of `EXECUTIONS`."""
 
+KEEPS_ALL = 1e-300
+"""A threshold that no score is below: as a float32 it is 0."""
+
 REQUEST_CAPACITY = "capacity"
 """Name of a request's own capacity in its `vllm_xargs`."""
 
@@ -134,11 +137,16 @@ class Routing:
     def thresholds_at(self, capacity: Any) -> tuple[float, ...]:
         """Return the thresholds by which this share is executed; between two that were calibrated, in logits.
 
+        1 executes everything, whatever was calibrated.
+
         Raises:
-            ValueError: none were calibrated, or `capacity` isn't among or between them.
+            ValueError: none were calibrated, `capacity` isn't among or between them, or it is between two of which the
+                greater does not have the lower thresholds.
         """
         if not is_number(capacity) or not 0.0 < capacity <= 1.0:
             raise ValueError(f"capacity {capacity!r} must be a number above 0 and at most 1")
+        if capacity == 1.0 and 1.0 not in self.tables:
+            return (KEEPS_ALL,) * len(self.places)
         if not self.tables:
             raise ValueError(
                 f"capacity {capacity}: the checkpoint was calibrated for none but its own; recalibrate.py gives others"
@@ -147,14 +155,20 @@ class Routing:
         if not known[0] <= capacity <= known[-1]:
             raise ValueError(
                 f"capacity {capacity} is outside what the checkpoint was calibrated for, {known[0]} to {known[-1]} "
-                f"({', '.join(map(str, known))})"
+                f"({', '.join(map(str, known))}); 1 executes everything"
             )
         above = next(each for each in known if each >= capacity)
         if above == capacity:
             return self.tables[above]
         below = known[known.index(above) - 1]
         part = (capacity - below) / (above - below)
-        return tuple(_between(a, b, part) for a, b in zip(self.tables[below], self.tables[above], strict=True))
+        pairs = list(zip(self.tables[below], self.tables[above], strict=True))
+        if any(a < b for a, b in pairs):
+            raise ValueError(
+                f"capacity {capacity}: the thresholds of {below} and {above} fall out of order, so nothing is known "
+                "between them; take one of these, or recalibrate.py"
+            )
+        return tuple(_between(a, b, part) for a, b in pairs)
 
 
 def _one_for_each(value: Any, routers: int, field: str) -> tuple[float, ...]:
