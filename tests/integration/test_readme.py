@@ -48,7 +48,7 @@ def copy(tmp_path_factory, repository, workplace):
     """The repository as a user has it: no environment, no weights; with a base model at `path/to/base`."""
     root = tmp_path_factory.mktemp("readme") / "repository"
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", ".cache", "__pycache__", "*.safetensors", "outputs", "raw", "*.pt"
+        ".git", ".venv", ".venv-serve", ".cache", "__pycache__", "*.safetensors", "outputs", "raw", "*.pt"
     )
     shutil.copytree(repository, root, ignore=ignored)
     for name in ("ckpt/smollm2-135m-mod", "data/reformatted", "data/mixed"):
