@@ -34,7 +34,9 @@ def write_items(folder):
 @pytest.mark.slow
 def test_a_table_is_made_once_and_what_fails_stops_nothing_else(tmp_path, repository):
     root = tmp_path / "repository"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".cache", "__pycache__", "*.safetensors*", "outputs", "raw")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", ".venv-serve", ".cache", "__pycache__", "*.safetensors*", "outputs", "raw"
+    )
     shutil.copytree(repository, root, ignore=ignored)
     for name in ("reformatted", "mixed"):
         shutil.rmtree(root / "data" / name, ignore_errors=True)
