@@ -150,7 +150,7 @@ def test_a_python_that_does_not_run_is_named(bash: Run) -> None:
 def test_an_unknown_tier_is_refused_before_anything_is_set_up(bash: Run, copy: Path) -> None:
     done = bash("scripts/test.sh", "--tier", "fast")
     assert done.returncode == 2
-    assert "allowed are default, slow, gpu and all" in error_line(done)
+    assert "allowed are default, slow, gpu, serve and all" in error_line(done)
     assert not (copy / ".venv").exists()
 
 
