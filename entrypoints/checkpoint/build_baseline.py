@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Write a baseline that routing is measured against, as an ordinary MoD checkpoint.
 
-cosine, greedy: static Layer Drop; as many routed layers as the capacity asks for skip everything.
+cosine, greedy: static Layer Drop; as many routed layers as the capacity asks for skip everything. Where attention and
+    MLP are routed apart, either of a layer may go, chosen by what it costs for what it saves.
 expert_drop: static Expert Drop, for expert_token; the experts with the least of the gate's weight, over all routed
     layers together, are never executed: as many as the capacity asks for, which counts the tokens assigned to them.
 random: routers that do not know what they read, at the same capacity.
@@ -19,6 +20,8 @@ of use, as a training run's has.
 import argparse
 import logging
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,7 +40,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("kind", choices=("cosine", "greedy", "expert_drop", "random", *TRAINED))
     parser.add_argument("--model_name_or_path", required=True, help="MoD checkpoint or dense base")
     parser.add_argument("--output_dir", required=True, help="where the checkpoint goes; must be new or empty")
-    parser.add_argument("--capacity", type=float, default=0.5, help="share of inputs to execute (default: 0.5)")
+    parser.add_argument("--capacity", type=float, help="share of inputs to execute (default: 0.5)")
+    parser.add_argument(
+        "--skipped", type=float, help="instead: share of the decoder layers' parameters not to compute with for a token"
+    )
     parser.add_argument(
         "--drop_share",
         type=float,
@@ -118,7 +124,7 @@ def main() -> None:
     model_dir = resolve_base_model(args.model_name_or_path)
     config = read_config(model_dir)
     (config.get("mod") or {}).pop("capacities", None)  # of routers that are made anew
-    settings = make_settings(config, args.mod_n, args.granularity, threshold=0.5, target_capacity=args.capacity)
+    settings = make_settings(config, args.mod_n, args.granularity, threshold=0.5)
     pooling = (settings.sequence_pooling or "prompt") if settings.level == "sequence" else None
     settings = replace(settings, sequence_pooling=pooling)
     kinds = ("expert_drop", "random") if settings.target == "expert" else ("cosine", "greedy", "random", *TRAINED)
@@ -127,6 +133,9 @@ def main() -> None:
     size = config["hidden_size"]
     if args.substitute_rank is not None and not 1 <= args.substitute_rank <= size:
         raise UserError(f"substitute_rank {args.substitute_rank} must lie between 1 and the hidden size, {size}")
+    if args.skipped is not None:
+        args.capacity = capacity_for(args, config, settings)
+    settings = replace(settings, target_capacity=args.capacity)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(model_dir)
     rows, held_out, others = split_for_training(
@@ -188,6 +197,10 @@ def main() -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise `UserError` for a value that is out of range whatever the model is."""
+    if args.skipped is not None and (args.capacity is not None or args.drop_share is not None):
+        raise UserError(f"skipped {args.skipped}: --capacity and --drop_share say how much as well; give one of them")
+    if args.capacity is None:
+        args.capacity = 0.5
     if not 0.0 < args.capacity <= 1.0:
         raise UserError(f"capacity {args.capacity} must be above 0 and at most 1")
     if args.drop_share is not None and not (args.kind == "expert_drop" and 0.0 <= args.drop_share < 1.0):
@@ -203,6 +216,26 @@ def check_arguments(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"output_dir {output_dir} is not empty; choose another")
+
+
+def capacity_for(args: argparse.Namespace, config: dict, settings) -> float:
+    """Return the capacity at which the share that was asked for is skipped, with the substitutes that will be there."""
+    from utils.model.checkpoint import complete_config
+    from utils.model.costs import capacity_to_skip
+    from utils.pipeline.substitutes import default_rank
+
+    substitute = None
+    if args.substitute != "none":
+        rank = args.substitute_rank or default_rank(config["hidden_size"], settings)
+        substitute = {"kind": args.substitute, "rank": rank}
+    try:
+        capacity = capacity_to_skip(
+            complete_config(config, settings), replace(settings, substitute=substitute), args.skipped
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    logging.info("skipped %g is a capacity of %g here", args.skipped, capacity)
+    return capacity
 
 
 def give_substitutes(model, args: argparse.Namespace, batches) -> None:
@@ -225,7 +258,7 @@ def give_substitutes(model, args: argparse.Namespace, batches) -> None:
                 parameter.copy_(fitted[layer][name])
 
 
-def set_routers(model, args: argparse.Namespace, batches, calibrated_on) -> dict[int, float] | None:
+def set_routers(model, args: argparse.Namespace, batches, calibrated_on) -> dict | None:
     """Give a model the routers and thresholds of the baseline that was asked for.
 
     Returns:
@@ -234,6 +267,8 @@ def set_routers(model, args: argparse.Namespace, batches, calibrated_on) -> dict
     import torch
 
     from utils.model.checkpoint import set_thresholds
+    from utils.model.configuration_mod import place_name
+    from utils.model.costs import capacity_weights
     from utils.pipeline.calibration import calibrate, settle
     from utils.pipeline.importance import expert_weight, greedy, least_important, most_similar
     from utils.pipeline.trained_baselines import scaled_routers, similarity_routers
@@ -261,11 +296,13 @@ def set_routers(model, args: argparse.Namespace, batches, calibrated_on) -> dict
         logging.info("dropped %d of %d experts; capacity %.4f", dropped.sum(), dropped.numel(), executed)
         set_thresholds(model, torch.where(dropped, 0.75, 0.5).tolist())  # routers at zero score one half
         return None
-    count = round((1 - args.capacity) * len(routers))
-    chosen = most_similar(model, batches, count) if args.kind == "cosine" else greedy(model, batches, count, True)
-    logging.info("left out, in this order: %s; capacity %.4f", chosen, 1 - count / len(routers))
+    leave_out = most_similar if args.kind == "cosine" else partial(greedy, progress=True)
+    chosen = leave_out(model, batches, args.capacity)
+    weights = capacity_weights(model.config.to_dict(), model.config.mod_settings)
+    capacity = 1 - sum(weights[place] for place in chosen)
+    logging.info("left out, in this order: %s; capacity %.4f", " ".join(map(place_name, chosen)), capacity)
     # routers at zero score one half
-    set_thresholds(model, [0.75 if layer in chosen else 0.5 for layer in routers])
+    set_thresholds(model, [0.75 if place in chosen else 0.5 for place in routers])
     return None
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from model_zoo import HIDDEN_SIZE, LAYERS, make_pair, random_tokens
 
+from utils.model.costs import capacity_weights
 from utils.pipeline.importance import (
     branch_similarity,
     expert_weight,
@@ -30,16 +31,26 @@ def test_a_layer_that_does_nothing_goes_first(granularity):
     similarity = branch_similarity(model, batches())
     assert similarity[LAYERS[1]] == pytest.approx(1.0, abs=1e-6)
     assert all(value < 0.9999 for index, value in similarity.items() if index != LAYERS[1])
-    assert most_similar(model, batches(), 1) == [LAYERS[1]]
+    assert most_similar(model, batches(), 2 / 3) == [LAYERS[1]]
 
 
 def test_greedy_takes_the_layer_whose_loss_is_lowest_at_each_step():
     _, model = make_pair("llama", "attn_sequence")
-    first, second = greedy(model, batches(), 2)
+    first, second = greedy(model, batches(), 1 / 3)
     alone = {layer: loss_without(model, batches(), {layer}) for layer in LAYERS}
     assert alone[first] == min(alone.values())
     others = [layer for layer in LAYERS if layer != first]
     assert second == min(others, key=lambda layer: loss_without(model, batches(), {first, layer}))
+
+
+def test_greedy_weighs_a_branch_by_what_it_saves():
+    _, model = make_pair("llama", "attn_mlp_token")
+    weights = capacity_weights(model.config.to_dict(), model.config.mod_settings)
+    chosen = greedy(model, batches(), 0.5)
+    dense = loss_without(model, batches(), ())
+    alone = {place: loss_without(model, batches(), {place}) - dense for place in weights}
+    assert chosen[0] == min(weights, key=lambda place: alone[place] / weights[place])
+    assert 1 - sum(weights[place] for place in chosen) == pytest.approx(0.5, abs=max(weights.values()))
 
 
 def test_a_layer_that_is_left_out_is_what_stands_in_for_it():

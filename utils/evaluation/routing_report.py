@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.io.errors import UserError
+from utils.model.configuration_mod import report_key
+from utils.model.costs import capacity_of, capacity_weights
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -59,8 +61,9 @@ def route_inputs(
         progress: called after each input.
 
     Returns:
-        What `render_report` takes: `layers`, `granularity`, `level`, `depth`, `capacity`, and `inputs`, each with its
-        `tokens` as text and its `gates`, a string of 0 and 1 (one character a routed layer) for each token, or one.
+        What `render_report` takes: `layers` (where each has two routers, these by name), `routers_of_a_layer`,
+        `granularity`, `level`, `depth`, `capacity`, and `inputs`, each with its `tokens` as text and its `gates`, a
+        string of 0 and 1 (one character a router) for each token, or one.
 
     Raises:
         UserError: the routers decide on neither sequences nor tokens.
@@ -68,27 +71,30 @@ def route_inputs(
     settings = model.mod_settings
     if settings.target == "expert":
         raise UserError(f"granularity {settings.granularity}: experts are chosen beside each other, not in depth")
-    shown, executed, decisions = [], 0.0, 0
+    places = settings.places
+    shown, executed, decisions = [], torch.zeros(len(places), dtype=torch.float64), 0
     for text in inputs:
         encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_tokens)
         input_ids = torch.tensor([encoded["input_ids"]], device=model.device)
-        gates = model(input_ids, use_cache=False, logits_to_keep=1).router_gates[:, 0]  # [layers] or [layers, tokens]
-        gates = gates.reshape(len(settings.layers), -1).T.int().tolist()  # [1 or tokens, layers]
-        executed += sum(map(sum, gates))
-        decisions += len(gates) * len(settings.layers)
+        gates = model(input_ids, use_cache=False, logits_to_keep=1).router_gates[:, 0].cpu()
+        gates = gates.reshape(len(places), -1)  # [routers, 1 or tokens]
+        executed += gates.double().sum(dim=1)
+        decisions += gates.shape[1]
         shown.append(
             {
                 "tokens": _token_texts(text, encoded["offset_mapping"], encoded["input_ids"], tokenizer),
-                "gates": ["".join(map(str, row)) for row in gates],
+                "gates": ["".join(map(str, row)) for row in gates.T.int().tolist()],
             }
         )
         progress()
+    shares = dict(zip(places, (executed / decisions).tolist(), strict=True))
     return {
-        "layers": list(settings.layers),
+        "layers": [report_key(place) for place in places],
+        "routers_of_a_layer": len(settings.branches),
         "granularity": settings.granularity,
         "level": settings.level,
         "depth": model.config.num_hidden_layers,
-        "capacity": executed / decisions,
+        "capacity": capacity_of(shares, capacity_weights(model.config.to_dict(), settings)),
         "inputs": shown,
     }
 

@@ -587,7 +587,7 @@ def write_checkpoint(
             shutil.copyfile(path, staged / path.name)
         config = mod_config(source_config, settings) | {UNITS_FIELD: None}
         if units is not None:
-            config[UNITS_FIELD] = [units[layer] for layer in settings.layers]
+            config[UNITS_FIELD] = [units[place] for place in settings.places]
         if config[UNITS_FIELD] is None:
             del config[UNITS_FIELD]
         write_json(staged / "config.json", config)

@@ -5,7 +5,7 @@ stream least. Greedily by loss: one layer after the other, each time the one wit
 lowest. Experts by the weight that the model's gate gives them (Expert Drop, Table 7).
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from utils.model.configuration_mod import Place, layer_of
+from utils.model.costs import capacity_weights
 from utils.model.routing_mod import Decision
 
 from .held_out import Batch
@@ -99,8 +100,8 @@ def starting_margins(model: nn.Module, batches: Iterable[Batch]) -> dict[Place, 
 
 
 @torch.no_grad()
-def loss_without(model: nn.Module, batches: Iterable[Batch], dropped: Collection[int]) -> float:
-    """Return the mean loss over supervised tokens where the layers `dropped` skip every input."""
+def loss_without(model: nn.Module, batches: Iterable[Batch], dropped: Collection[Place]) -> float:
+    """Return the mean loss over supervised tokens where the routers `dropped` skip every input."""
     total = tokens = 0.0
     for batch in batches:
         count = float((batch["labels"][:, 1:] != -100).sum())
@@ -109,35 +110,61 @@ def loss_without(model: nn.Module, batches: Iterable[Batch], dropped: Collection
     return total / tokens
 
 
-def drop(dropped: Collection[int]) -> Callable[[int, torch.Tensor], Decision]:
-    """Return the `gate_rule` that skips every input of the layers `dropped`, and keeps the rest."""
+def drop(dropped: Collection[Place]) -> Callable[[Place, torch.Tensor], Decision]:
+    """Return the `gate_rule` that skips every input of the routers `dropped`, and keeps the rest."""
 
-    def rule(layer: int, inputs: torch.Tensor) -> Decision:
-        gates = inputs.new_full(inputs.shape[:-1], float(layer not in dropped), dtype=torch.float32)
+    def rule(place: Place, inputs: torch.Tensor) -> Decision:
+        gates = inputs.new_full(inputs.shape[:-1], float(place not in dropped), dtype=torch.float32)
         return Decision(gates, gates)
 
     return rule
 
 
-def most_similar(model: nn.Module, batches: Sequence[Batch], count: int) -> list[int]:
-    """Return the `count` routed layers whose branch changes the residual stream least, the least first."""
+def most_similar(model: nn.Module, batches: Sequence[Batch], capacity: float) -> list[Place]:
+    """Return the routers to be left out whose branch changes the residual stream least, the least first.
+
+    Where routers differ in what skipping saves, the change is relative to that. As many are taken as come nearest to
+    the capacity.
+    """
+    weights = capacity_weights(model.config.to_dict(), model.config.mod_settings)
     similarity = branch_similarity(model, batches)
-    return sorted(similarity, key=similarity.get, reverse=True)[:count]
-
-
-def greedy(model: nn.Module, batches: Sequence[Batch], count: int, progress: bool = False) -> list[int]:
-    """Return `count` routed layers, each the one whose loss, beside those already left out, is lowest."""
-    layers, chosen = model.config.mod_settings.layers, []
-    runs = sum(len(layers) - step for step in range(count))
-    with tqdm(total=runs, desc="leaving out layers", disable=not progress) as bar:
-        for _ in range(count):
-            losses = {}
-            for layer in layers:
-                if layer not in chosen:
-                    losses[layer] = loss_without(model, batches, {*chosen, layer})
-                    bar.update()
-            chosen.append(min(losses, key=losses.get))
+    order = sorted(similarity, key=lambda place: (1 - similarity[place]) / weights[place])
+    chosen: list[Place] = []
+    for place in order:
+        if not _brings_nearer(weights, chosen, place, capacity):
+            break
+        chosen.append(place)
     return chosen
+
+
+def greedy(model: nn.Module, batches: Sequence[Batch], capacity: float, progress: bool = False) -> list[Place]:
+    """Return the routers to be left out one after the other, each the one that then costs the least loss.
+
+    Where they differ in what skipping saves, the increase of the loss is relative to that. As many are taken as come
+    nearest to the capacity.
+    """
+    weights = capacity_weights(model.config.to_dict(), model.config.mod_settings)
+    chosen: list[Place] = []
+    loss, left = loss_without(model, batches, ()), list(weights)
+    with tqdm(desc="leaving out layers", unit="try", disable=not progress) as bar:
+        while left and any(_brings_nearer(weights, chosen, place, capacity) for place in left):
+            losses = {}
+            for place in left:
+                losses[place] = loss_without(model, batches, {*chosen, place})
+                bar.update()
+            best = min(left, key=lambda place: (losses[place] - loss) / weights[place])
+            if not _brings_nearer(weights, chosen, best, capacity):
+                break
+            chosen.append(best)
+            left.remove(best)
+            loss = losses[best]
+    return chosen
+
+
+def _brings_nearer(weights: Mapping[Place, float], chosen: Sequence[Place], place: Place, capacity: float) -> bool:
+    """Tell whether to leave out one more router brings the capacity nearer to what is asked for."""
+    before = 1 - sum(weights[each] for each in chosen)
+    return abs(before - weights[place] - capacity) < abs(before - capacity)
 
 
 @torch.no_grad()
