@@ -233,7 +233,7 @@ def capacity_for(args: argparse.Namespace, config: dict, settings) -> float:
             complete_config(config, settings), replace(settings, substitute=substitute), args.skipped
         )
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"skipped {error}") from None
     logging.info("skipped %g is a capacity of %g here", args.skipped, capacity)
     return capacity
 

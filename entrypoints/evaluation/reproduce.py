@@ -44,11 +44,12 @@ def parse_arguments() -> argparse.Namespace:
         help="of training, evaluation and benchmark (float32, on a GPU bfloat16); bfloat16 is about three times as "
         "fast on CPUs with AMX",
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the CPU cores (1)")
     parser.add_argument("--data_dir", type=Path, help="local data for the evaluation instead of the hub's")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs/reproduce", help="(outputs/reproduce)")
     parser.add_argument("--publish", type=Path, help="folder for a second copy of what is made in the end")
     arguments = parser.parse_args()
-    for name in ("max_train_samples", "limit"):
+    for name in ("max_train_samples", "limit", "jobs"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} must be at least 1")
@@ -79,14 +80,17 @@ def main() -> None:
         for step, is_done in zip(steps, done, strict=True):
             print(f"{'done' if is_done else estimate([step]):>8}  {step.text}")
         left = [step for step, is_done in zip(steps, done, strict=True) if not is_done]
-        print(f"{estimate(left)} for {len(left)} of {len(steps)} steps; {plans[0].machine}")
+        at_once = f", {arguments.jobs} runs at a time" if arguments.jobs > 1 else ""
+        print(f"{estimate(left, arguments.jobs)} for {len(left)} of {len(steps)} steps{at_once}; {plans[0].machine}")
         return
 
     # the steps are run by the Python that runs this
     environment = os.environ | {"PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+    if arguments.jobs > 1 and "OMP_NUM_THREADS" not in environment:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
     failed: dict[Path, str] = {}
     for plan in plans:
-        runs = run_plan(plan, ROOT, environment, failed, say=lambda text: print(text, file=sys.stderr, flush=True))
+        runs = run_plan(plan, ROOT, environment, failed, say, arguments.jobs)
         table = write(plan, runs, plan.folder, arguments)
         if publish and not runs:
             write(plan, runs, publish / arguments.scale / plan.name, arguments)
@@ -94,6 +98,11 @@ def main() -> None:
         print(plan.folder / "table.md")
     if failed:
         raise UserError(f"{len(failed)} of {len(steps)} steps failed; the first one {next(iter(failed.values()))}")
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def inside_root(path: Path) -> Path:

@@ -153,25 +153,31 @@ def planned_substitute(training_args, settings, hidden_size, brought=None):
 
 
 def choose_capacity(training_args, settings, config, brought):
-    """Return the settings with the target; of a share to be skipped, the capacity that comes to it."""
+    """Return the settings with the target; of shares to be skipped, the capacities that come to them."""
     from utils.model.checkpoint import complete_config
     from utils.model.costs import capacity_to_skip
 
     if training_args.budget_length is not None:
-        if training_args.target_skipped is None and len(settings.branches) == 1:
+        if training_args.target_skipped is None and not training_args.skipped and len(settings.branches) == 1:
             raise UserError(
                 f"budget_length {training_args.budget_length} has no effect on {settings.granularity} without "
                 "target_skipped: leave it out, or give --target_skipped or a granularity attn_mlp_*"
             )
         settings = replace(settings, budget_length=training_args.budget_length)
-    if training_args.target_skipped is not None:
-        planned = planned_substitute(training_args, settings, config["hidden_size"], brought)
+    planned = planned_substitute(training_args, settings, config["hidden_size"], brought)
+
+    def capacity_of_share(name, share):
         try:
-            capacity = capacity_to_skip(complete_config(config, settings), planned, training_args.target_skipped)
+            capacity = capacity_to_skip(complete_config(config, settings), planned, share)
         except ValueError as error:
-            raise UserError(str(error)) from None
-        training_args.target_capacity = capacity
-        logging.info("target_skipped %g is a target_capacity of %g here", training_args.target_skipped, capacity)
+            raise UserError(f"{name} {error}") from None
+        logging.info("%s %g is a capacity of %g here", name, share, capacity)
+        return capacity
+
+    if training_args.skipped:
+        training_args.capacities = [capacity_of_share("skipped", share) for share in training_args.skipped]
+    if training_args.target_skipped is not None:
+        training_args.target_capacity = capacity_of_share("target_skipped", training_args.target_skipped)
     return replace(settings, target_capacity=training_args.target_capacity)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quality in use against measured speed: dense, static, and one routed checkpoint at several capacities
+# Quality against computation skipped: ours, the published recipe, random routing, layers left out for all inputs
 #
 #   bash scripts/reproduce/frontier.sh [--scale small|paper] [--dry_run] [arguments for entrypoints/evaluation/reproduce.py]
 set -euo pipefail

@@ -16,7 +16,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 ids = torch.arange(1, 13).view(2, 6)
 tokens = [model.generate(ids, max_new_tokens=4, do_sample=False, execution=e).tolist() for e in ("dense", "sparse")]
 assert tokens[0] == tokens[1]
-model.set_capacity(0.6)
+model.set_capacity(model.config.mod["target_capacity"])
 print(list(model(ids).router_gates.shape))
 """
 
@@ -25,7 +25,8 @@ print(list(model(ids).router_gates.shape))
 def routed(request, workplace, finetune):
     """A trained checkpoint, and what its run printed."""
     output = workplace / request.param
-    arguments = ("--granularity", request.param, "--target_skipped", 0.2, "--max_use_prompts", 2)
+    arguments = ("--granularity", request.param, "--target_skipped", 0.2, "--skipped", 0.1, 0.3)
+    arguments += ("--max_use_prompts", 2)
     return output, finetune(output, *arguments, "--save_steps", 1, hinge=False)
 
 
@@ -56,8 +57,9 @@ def test_a_run_trains_both_routers_and_says_what_is_skipped(routed):
         assert 0 <= found["eval_skipped"] < 0.5
         assert {"eval_flops_saved_512", "eval_flops_saved_2048"} <= set(found)
     assert 0 <= results["use"]["skipped"]["mean"] < 0.5
-    assert f"target_skipped 0.2 is a target_capacity of {mod['target_capacity']}" in printed.stderr
+    assert f"target_skipped 0.2 is a capacity of {mod['target_capacity']}" in printed.stderr
     assert "skipped  " in printed.stdout
+    assert len(results["capacities"]) == 2
     assert "\nattn   " in printed.stdout
 
 
@@ -108,7 +110,7 @@ def test_a_baseline_skips_the_share_that_was_asked_for(command, workplace, tmp_p
         (("--target_skipped", 0.2, "--target_capacity", 0.5), "give one of the two"),
         (
             ("--granularity", "attn_token", "--target_skipped", 0.4),
-            "attn_token in 3 of 6 layers can skip more than 0 and less than 0.",
+            "target_skipped 0.4 is out of reach: attn_token in 3 of 6 layers can skip more than 0 and less than 0.",
         ),
         (("--budget_length", 512), "budget_length 512 has no effect on attn_sequence without target_skipped"),
         (("--granularity", "attn_mlp_tokens"), "did you mean 'attn_mlp_token'"),

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 import threading
 from itertools import pairwise
@@ -14,10 +15,14 @@ from utils.evaluation.plots import save_figure
 from utils.evaluation.reproduction import Changes, Plan, Run, Step, make_plan, run_plan, run_step, unique_steps, varied
 from utils.evaluation.results_table import SEED, collect, figure_of, markdown
 from utils.io.errors import UserError
+from utils.model.configuration_mod import MoDSettings
+from utils.model.costs import capacity_to_skip
 from utils.pipeline.arguments import RECIPES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/reproduce"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "scales")
+
+FRONTIER_RANDOM = "random target_skipped=0.4 seed=2"
 
 
 def plan_of(name, scale, tmp_path, **options):
@@ -35,10 +40,10 @@ def test_every_table_and_figure_has_a_config_and_a_script(repository):
 def test_every_run_is_planned_or_named_as_left_out(name, scale, tmp_path):
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     plan = plan_of(name, scale, tmp_path)
+    models = config.get("models", {}).get(scale, [None])
     names = [run["name"] for entry in config["runs"] for run in varied(entry)]
-    assert [run.name for run in plan.runs] + list(plan.left_out) == sorted(
-        names, key=lambda run: (run in plan.left_out, names.index(run))
-    )
+    names = list(dict.fromkeys(" ".join(filter(None, (model, run))) for model in models for run in names))
+    assert sorted([*(run.name for run in plan.runs), *plan.left_out]) == sorted(names)
     assert len({step.makes for step in plan.steps}) == len(plan.steps)
     for run in plan.runs:
         kinds = [step.kind for step in run.steps]
@@ -106,7 +111,7 @@ def test_rows_items_and_data_can_be_set_for_all_runs(tmp_path):
     ("name", "scale", "run"),
     [
         *(("figure2", "small", "layer_drop"), ("table3", "paper", "random"), ("table7", "paper", "olmoe_expert_drop")),
-        ("frontier", "small", "greedy target_capacity=0.75"),
+        *(("frontier", "small", "greedy_linear target_skipped=0.2"), ("frontier", "small", FRONTIER_RANDOM)),
     ],
 )
 def test_a_baseline_is_made_by_a_command_that_takes_its_arguments(name, scale, run, tmp_path, repository, monkeypatch):
@@ -116,8 +121,11 @@ def test_a_baseline_is_made_by_a_command_that_takes_its_arguments(name, scale, r
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     parsed = runpy.run_path(str(repository / script))["parse_arguments"]()
     assert Path(parsed.output_dir) == step.makes.parent
-    assert parsed.capacity == float(step_environment(plan, run).get("TARGET_CAPACITY", 0.5))
-    assert parsed.substitute == ("linear" if name == "frontier" else "none")
+    wanted = step_environment(plan, run)
+    if name == "frontier":
+        assert (parsed.capacity, parsed.skipped, parsed.substitute) == (None, wanted["TARGET_SKIPPED"], "linear")
+    else:
+        assert (parsed.capacity, parsed.substitute) == (float(wanted.get("TARGET_CAPACITY", 0.5)), "none")
 
 
 def step_environment(plan, run):
@@ -318,52 +326,98 @@ def test_figures_of_use_have_columns_where_a_run_has_them(tmp_path):
     assert "| 0.750 | 0.500 | 0.25 |" in table
 
 
-def speed(ratio):
-    return {"dense": 100.0, "routed": 100.0 * ratio, "ratio": ratio}
+def frontier_results(folder, loss, skipped, forward, agreement=0.9, at=()):
+    """What a training or a baseline leaves behind that the frontier reads; `at` is further capacities."""
+
+    def of(loss, skipped, agreement):
+        use = {
+            name: {"mean": value, "stderr": 0.01} for name, value in (("agreement", agreement), ("skipped", skipped))
+        }
+        routed = {"eval_loss": loss, "eval_capacity": 1 - skipped, "eval_skipped": skipped}
+        return {"held_out": {"dense": {"dense_loss": 2.0}, "routed": routed}, "use": use}
+
+    result = of(loss, skipped, agreement)
+    result["forward_tokens_per_second"] = {"dense": 100.0, "routed": 100.0 * forward, "ratio": forward}
+    result["capacities"] = {}
+    for capacity, (other_loss, other_skipped, ratio) in dict(at).items():
+        other = of(other_loss, other_skipped, agreement)
+        result["capacities"][str(capacity)] = {
+            "held_out": other["held_out"]["routed"],
+            "use": other["use"],
+            "forward_ratio": ratio,
+        }
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "checkpoint/results.json").write_text(json.dumps(result))
 
 
-def set_to(loss, agreement, ratio):
-    """What a run's results say of another capacity."""
-    use = {name: USE[name] for name in ("executed", "prompts")} | {"agreement": {"mean": agreement, "stderr": 0.01}}
-    return {"held_out": {"eval_loss": loss, "eval_capacity": 0.6}, "use": use, "forward_ratio": ratio}
+FRONTIER_ROUTED = [f"routed granularity=attn_mlp_token target_skipped=0.2 seed={seed}" for seed in (233, 1)]
 
 
-def test_a_trained_run_has_a_row_for_each_capacity_that_it_is_set_to(tmp_path):
-    plan = plan_of("frontier", "small", tmp_path, only=["routed", "greedy target_capacity=0.9"])
-    routed, static = plan.runs
-    (target,) = (step.environment["TARGET_CAPACITY"] for step in routed.steps if step.kind == "train")
-    assert target == "0.75"
-    at = {"0.9": set_to(1.55, 0.9, 1.1), "0.5": set_to(1.8, 0.6, 1.4)}
-    more = {"use": USE, "forward_tokens_per_second": speed(1.25)}
-    write_files(routed.folder, loss=1.6, piqa=0.65, seconds=1.0, capacities=at, **more)
-    write_files(static.folder, loss=1.7, piqa=0.65, seconds=1.0, use=USE, forward_tokens_per_second=speed(1.05))
+def test_the_frontier_has_a_row_for_each_share_and_puts_seeds_together(tmp_path, repository):
+    plan = plan_of("frontier", "small", tmp_path, only=[*FRONTIER_ROUTED, "greedy target_skipped=0.2"])
+    static, *routed = plan.runs
+    config = json.loads((repository / "ckpt/smollm2-135m-mod/config.json").read_text())
+    config["mod"] |= {"granularity": "attn_mlp_token"}
+    settings = MoDSettings.from_dict(config["mod"])
+    shares = routed[0].entry["skipped"]
+    capacities = {share: capacity_to_skip(config, settings, share) for share in shares}
+    for run, above in zip(routed, (0.1, 0.3), strict=True):
+        (trained,) = (step for step in run.steps if step.kind == "train")
+        assert trained.environment["TARGET_SKIPPED"] == "0.2"
+        assert "TARGET_CAPACITY" not in trained.environment
+        assert trained.text.count("--skipped 0.05 0.1 0.15 0.25 0.4") == 1
+        at = {capacities[share]: (2.0 + above * share, share, 1 + share) for share in shares}
+        frontier_results(run.folder, 2.0 + 0.2 * above, 0.2, 1.2, at=at)
+        (run.folder / "checkpoint/config.json").write_text(json.dumps(config))
+    frontier_results(static.folder, 2.3, 0.3, 1.25, agreement=0.5)
     result = collect(plan)
-    rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["routed 0.9", "routed 0.75", "routed 0.5", "greedy target_capacity=0.9"]
-    of_routed = [rows[f"routed {capacity}"]["ours"] for capacity in (0.9, 0.75, 0.5)]
-    assert [ours["loss"] for ours in of_routed] == [1.55, 1.6, 1.8]
-    assert [ours["loss_increase"] for ours in of_routed] == pytest.approx([0.05, 0.1, 0.3])
-    assert [ours["forward"] for ours in of_routed] == [1.1, 1.25, 1.4]
-    assert [ours["agreement"] for ours in of_routed] == [0.9, 0.75, 0.6]
-    assert "build_baseline.py greedy" in rows["greedy target_capacity=0.9"]["command"]
-    assert {row["seed"] for row in result["rows"]} == {SEED}
+    assert len(result["rows"]) == 1 + 2 * 6
     table = markdown(result, "bash x.sh")
-    assert "| routed 0.9 | 1.10x | 0.600 | 1.550 | 0.050 | 0.900 ± 0.010 | 0.500 |" in table
+    assert "| routed attn_mlp_token | 0.1 | 2 | 0.100 ± 0.000 | 0.100 ± 0.000 | 0.020 ± 0.010 |" in table
+    assert "| greedy | 0.2 | 1 | 0.300 | 0.300 | 0.300 |" in table
+    # at equal parameters, between the dense model and what was measured
+    assert "| greedy | 0.050 | 0.100 | 0.150 | 0.200 | 0.250 | - |" in table
+    assert "| routed attn_mlp_token | 0.010 ± 0.005 | 0.020 ± 0.010 |" in table
+    assert "| greedy | 0.060 | 0.120 | 0.240 |" in table  # at equal time
+    assert "| SkipGPT, with adapters | 26.9% | 100.2% | arXiv 2506.04179, Llama-3.1-8B |" in table
     kind, value = figure_of(plan, result)
-    (panel,) = value["panels"]
-    assert {one["name"]: [(point["x"], point["label"]) for point in one["points"]] for one in panel["series"]} == {
-        "routed": [(1.1, "0.50"), (1.25, "0.50"), (1.4, "0.50")],
-        "greedy": [(1.05, "0.50")],
-        "dense": [(1.0, "1.00")],
-    }
-    assert panel["series"][0]["points"][0]["stderr"] == 0.01
+    assert [(panel["x_label"], panel["y_label"]) for panel in value["panels"]] == [
+        ("parameters skipped", "loss above dense"),
+        ("skipped in use", "agreement"),
+        ("forward speed (dense is 1)", "loss above dense"),
+    ]
+    points = {one["name"]: one["points"] for one in value["panels"][0]["series"]}["routed attn_mlp_token"]
+    assert len(points) == 6
+    assert points[-1]["stderr"] == pytest.approx(0.4 * 0.1)
     save_figure(kind, value, tmp_path / "figure", title=plan.config["title"])
-    assert ">0.50</text>" in (tmp_path / "figure.svg").read_text()
+    assert (tmp_path / "figure.png").exists()
 
-    del at["0.5"]
-    write_files(routed.folder, loss=1.6, piqa=0.65, seconds=1.0, capacities=at, **more)
-    with pytest.raises(UserError, match=r"not calibrated for capacity 0.5, only for 0.75, 0.9"):
+
+def test_a_share_that_a_run_was_not_calibrated_for_is_named(tmp_path, repository):
+    plan = plan_of("frontier", "small", tmp_path, only=FRONTIER_ROUTED[:1])
+    (run,) = plan.runs
+    frontier_results(run.folder, 2.1, 0.2, 1.2)
+    shutil.copy(repository / "ckpt/smollm2-135m-mod/config.json", run.folder / "checkpoint")
+    with pytest.raises(UserError, match=r"not calibrated for 0\.05 skipped"):
         collect(plan)
+
+
+def test_at_the_papers_scale_the_frontier_is_of_two_models(tmp_path):
+    plan = plan_of("frontier", "paper", tmp_path)
+    assert {run.entry["model_name"] for run in plan.runs} == {"llama-3.1-8b", "mistral-7b"}
+    for run in plan.runs:
+        build = next(step for step in run.steps if step.kind == "build").text
+        assert ("meta-llama/Llama-3.1-8B" in build) is run.name.startswith("llama-3.1-8b ")
+        if run.entry["kind"] == "routed":
+            assert [step.kind for step in run.steps[3:]] == ["evaluate", "benchmark"]
+
+
+def test_several_runs_at_a_time_do_each_step_once(tmp_path):
+    shared = python_step(tmp_path, "import time; time.sleep(0.3); open('run/made.txt', 'a').write('x')")
+    bad = python_step(tmp_path, "raise SystemExit(3)", makes="bad.txt")
+    plan = plan_of_steps(tmp_path, shared, bad, shared)
+    assert run_plan(plan, tmp_path, {}, {}, lambda text: None, jobs=2) == ["run1"]
+    assert (tmp_path / "run/made.txt").read_text() == "x"
 
 
 def test_an_adapted_model_without_its_routing_is_not_the_dense_base(tmp_path):
@@ -408,7 +462,9 @@ def test_the_seed_that_a_table_names_is_the_one_of_its_runs(tmp_path, repository
     assert f'SEED="${{SEED:-{SEED}}}"' in (repository / "scripts/finetune_mod.sh").read_text()
     for scale in ("small", "paper"):
         for name, plan in plan_all(scale, tmp_path).items():
-            assert name == "grid" or not any("SEED=" in step.text or "--seed" in step.text for step in plan.steps)
+            assert name in ("grid", "frontier") or not any(
+                "SEED=" in step.text or "--seed" in step.text for step in plan.steps
+            )
 
 
 def test_figures_of_layers_and_series(tmp_path):

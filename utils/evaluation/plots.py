@@ -167,6 +167,8 @@ LABELS: dict[str, str] = {
     "foreign": "foreign (nats a token)",
     "speed": "speed",
     "forward": "forward speed (dense is 1)",
+    "prefill": "prefill (dense is 1)",
+    "decode": "decode (dense is 1)",
     "kv_saved": "KV memory saved (%)",
 }
 """Number of a run -> what it is called in tables and figures."""

@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,10 @@ def make_plan(
     config = yaml.safe_load((configs / f"{name}.yaml").read_text(encoding="utf-8"))
     scales = yaml.safe_load((configs / "scales.yaml").read_text(encoding="utf-8"))
     scale = scales[scale_name]
-    config["runs"] = [run for entry in config["runs"] for run in varied(entry)]
+    models = config.get("models", {}).get(scale_name, {None: None})
+    config["runs"] = [
+        of_model(run, model, scale_name, models[model]) for model in models for e in config["runs"] for run in varied(e)
+    ]
     names = [run["name"] for run in config["runs"]]
     for run in only:
         if run not in names:
@@ -232,7 +236,7 @@ def make_plan(
         description=scale["description"] + changes.sentences + (" Trained on the embedded sample." if embedded else ""),
         machine=scale["machine"],
         runs=runs,
-        left_out=tuple(run for run in names if run not in {run["name"] for run in chosen}),
+        left_out=tuple(run for run in dict.fromkeys(names) if run not in {run["name"] for run in chosen}),
         folder=output_dir / scale_name / name,
     )
 
@@ -249,30 +253,44 @@ def varied(entry: dict[str, Any]) -> list[dict[str, Any]]:
     return runs
 
 
+def of_model(run: dict[str, Any], name: str | None, scale_name: str, model: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a run as it is made for one of a table's models; for None as it is."""
+    if name is None:
+        return run
+    return run | {"name": f"{name} {run['name']}", "model": {scale_name: model}, "model_name": name}
+
+
 def unique_steps(plans: Sequence[Plan]) -> list[Step]:
     """Return the steps of several plans in order, those that they share once."""
     return list({step.makes: step for plan in plans for run in plan.runs for step in run.steps}.values())
 
 
-def estimate(steps: Sequence[Step]) -> str:
-    """Return the steps' time as text."""
-    minutes = sum(step.minutes for step in steps)
+def estimate(steps: Sequence[Step], jobs: int = 1) -> str:
+    """Return the steps' time as text, `jobs` runs at a time."""
+    minutes = sum(step.minutes for step in steps) / jobs
     return f"{minutes / 60:.1f} h" if minutes >= 90 else f"{minutes:.0f} min"
 
 
 def run_plan(
-    plan: Plan, root: Path, environment: dict[str, str], failed: dict[Path, str], say: Callable[[str], None]
+    plan: Plan,
+    root: Path,
+    environment: dict[str, str],
+    failed: dict[Path, str],
+    say: Callable[[str], None],
+    jobs: int = 1,
 ) -> list[str]:
     """Execute the steps that are not done yet, in order. A run whose step fails goes no further; the others do.
 
     Args:
         failed: file that a step should have made -> how it failed; added to, and not tried again.
+        jobs: runs at a time.
 
     Returns:
         The names of the runs that failed.
     """
-    names = []
-    for run in plan.runs:
+
+    def carry_out(run: Run) -> bool:
+        """Execute a run's steps; returns whether it came to its end."""
         for step in run.steps:
             where = f"{plan.name}, {run.name}, {step.kind}"
             if step.makes not in failed:
@@ -287,9 +305,17 @@ def run_plan(
                     except UserError as error:
                         failed[step.makes] = str(error)
             say(f"{where}: {failed[step.makes]}")
-            names.append(run.name)
-            break
-    return names
+            return False
+        return True
+
+    if jobs == 1:
+        return [run.name for run in plan.runs if not carry_out(run)]
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return [run.name for run, done in zip(plan.runs, pool.map(carry_out, plan.runs), strict=True) if not done]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 @contextmanager
@@ -343,7 +369,10 @@ def _run_of(
     if "base" in model:
         environment["BASE_MODEL"] = model["base"]
     for source in (scale, config, run):
-        environment |= {name: str(value) for name, value in source.get("environment", {}).items()}
+        given = source.get("environment", {})
+        if "TARGET_SKIPPED" in given:  # the one target or the other
+            environment.pop("TARGET_CAPACITY", None)
+        environment |= {name: str(value) for name, value in given.items()}
     if changes.max_train_samples is not None:
         environment["MAX_TRAIN_SAMPLES"] = str(changes.max_train_samples)
     data = _data_step(environment.pop("DATA_TYPE"), minutes["data"])
@@ -353,6 +382,8 @@ def _run_of(
     build += [str(a) for a in model.get("build_arguments", ())]
     built = Path("ckpt") / model["folder"] / INDEX_FILE
     arguments = [str(a) for source in (scale, config, run) for a in source.get("train_arguments", ())]
+    if run.get("skipped"):
+        arguments += ["--skipped", *map(str, run["skipped"])]
 
     def training(checkpoint: str) -> tuple[str, list[str], dict[str, str]]:
         if "baseline" in run:
@@ -362,7 +393,8 @@ def _run_of(
         return "train", command, environment | {"OUTPUT_DIR": checkpoint}
 
     made_by = json.dumps([build, *training(""), changes.dtype], sort_keys=True)
-    words = (environment["GRANULARITY"], environment["TARGET_CAPACITY"], run.get("baseline"))
+    target = environment.get("TARGET_SKIPPED") or environment["TARGET_CAPACITY"]
+    words = (environment["GRANULARITY"], target, run.get("baseline"))
     words = (*words, hashlib.sha256(made_by.encode()).hexdigest()[:8])
     folder = runs_folder / "-".join(word for word in words if word)
     checkpoint = folder / "checkpoint"
@@ -370,7 +402,7 @@ def _run_of(
     steps = [
         data,
         Step("build", tuple(build), built, minutes["build"]),
-        Step(kind, tuple(command), checkpoint / "results.json", minutes[kind], own),
+        Step(kind, tuple(command), checkpoint / "results.json", run.get("minutes", minutes[kind]), own),
     ]
     evaluate = [str(a) for a in scale["evaluate_arguments"]] + changes.of_type
     evaluate += [] if changes.limit is None else ["--limit", str(changes.limit)]
@@ -398,14 +430,15 @@ def _data_step(data_type: str, minutes: float) -> Step:
 
 def _baseline(kind: str, environment: dict[str, str], output: str, changes: Changes) -> list[str]:
     """Return the command that makes a checkpoint without training, for what a training would have been set to."""
-    checkpoint, capacity = f"ckpt/{environment['FOLDER_NAME']}", float(environment["TARGET_CAPACITY"])
+    checkpoint = f"ckpt/{environment['FOLDER_NAME']}"
+    wanted = {"skipped": "TARGET_SKIPPED"} if "TARGET_SKIPPED" in environment else {"capacity": "TARGET_CAPACITY"}
     optional = {"--mod_n": "MOD_N", "--seed": "SEED"}
     fields = [part for name, field in optional.items() if field in environment for part in (name, environment[field])]
     options = {
         "model_name_or_path": checkpoint,
         "output_dir": output,
         "train_file": environment["TRAIN_FILE"],
-        "capacity": f"{capacity:g}",
+        **{name: f"{float(environment[field]):g}" for name, field in wanted.items()},
         "granularity": environment["GRANULARITY"],
         "max_seq_length": environment["MAX_SEQ_LENGTH"],
     }

@@ -13,10 +13,12 @@ from typing import Any
 
 from utils.io.errors import UserError
 from utils.io.files import read_json
-from utils.model.costs import REPORTED_LENGTHS
+from utils.model.checkpoint import complete_config, make_settings, read_config
+from utils.model.costs import REPORTED_LENGTHS, capacity_to_skip
 from utils.model.lora import holds_adapter
 
-from .comparison import best_of, comparison_table, summarize
+from .comparison import STATIC, best_of, comparison_table, summarize
+from .frontier import frontier_figure, frontier_table
 from .plots import LABELS, pareto_of, read_figure
 from .reproduction import Plan, Run, Step
 from .use import FIGURES
@@ -39,7 +41,7 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
         of its checkpoint), `dense`, `left_out`, `failed`, and the `versions` and the `machine` that this is.
 
     Raises:
-        UserError: a run lacks one of the capacities that the table wants it to be set to.
+        UserError: a run lacks one of the shares that the table wants it to be set to.
     """
     rows = []
     dense: dict[str, float] = {}
@@ -47,16 +49,18 @@ def collect(plan: Plan, failed: Sequence[str] = ()) -> dict[str, Any]:
         measured, base = _numbers(run.folder)
         measured |= {"dense": base["average"]} if "average" in base else {}
         dense = base | dense
-        at = {} if "baseline" in run.entry else _at_capacities(run, plan.config.get("capacities", ()), measured)
-        for name, ours in (at or {run.name: measured}).items():
-            shown = {"name": name, "ours": ours, "paper": run.entry.get("paper", {}), "x": run.entry.get("x")}
-            rows.append(shown | {"seed": _seed(run), "command": _command(run)})
+        shown = {"name": run.name, "ours": measured, "paper": run.entry.get("paper", {}), "x": run.entry.get("x")}
+        rows.append(shown | {"seed": _seed(run), "command": _command(run)})
     compared = plan.config.get("compare", False)
+    if "frontier" in plan.config:
+        rows = [row for run in plan.runs for row in _frontier_rows(run)]
     return {
         "title": plan.config["title"],
         "scale": plan.description,
         "metrics": list(dict.fromkeys([*plan.config["metrics"], *BUDGET, *map(in_table, FIGURES)])),
         "rows": rows,
+        "frontier": plan.config.get("frontier"),
+        "published": plan.config.get("published", []),
         "lines": [line for run in plan.runs if (line := _line(run))] if compared else [],
         "dense": {"ours": dense, "paper": plan.config.get("paper_dense", {})},
         "left_out": list(plan.left_out),
@@ -78,7 +82,9 @@ def markdown(result: dict[str, Any], command: str) -> str:
     lines = [f"# {result['title']}", "", result["scale"], ""]
     seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in result["rows"]} or {SEED}))
     lines += [f"Made by `{command}`; seed {seeds}; {versions}; {result['machine']}.", ""]
-    if result["lines"]:
+    if result["frontier"]:
+        lines += frontier_table(result["rows"], result["metrics"], result["frontier"], result["published"]).splitlines()
+    elif result["lines"]:
         lines += comparison_table(summarize(result["lines"])).splitlines()
     else:
         lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -97,6 +103,9 @@ def figure_of(plan: Plan, result: dict[str, Any]) -> tuple[str, Any] | None:
         records = best_of(summarize(result["lines"]))
         measured = [y for y in ("loss_increase", "average") if any(y in record for record in records)]
         return "pareto", {"panels": [pareto_of(records, "capacity", y) for y in measured]}
+    if result["frontier"]:
+        value = frontier_figure(result["rows"])
+        return None if value is None else ("pareto", value)
     wanted = plan.config.get("figure")
     if not wanted:
         return None
@@ -181,6 +190,11 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
         columns = benchmark["cells"][-1]["columns"]
         seconds = {name: _generation_seconds(columns[name]) for name in ("dense", "tuned")}
         ours["speed"] = seconds["dense"] / seconds["tuned"]
+        for phase in ("prefill", "decode"):
+            if phase in columns["tuned"]:
+                ours[phase] = (
+                    columns["dense"][phase]["seconds"]["median"] / columns["tuned"][phase]["seconds"]["median"]
+                )
         ours["kv_saved"] = 100 * (1 - columns["tuned"]["kv_bytes"] / columns["dense"]["kv_bytes"])
         dense |= {"speed": 1.0, "kv_saved": 0.0}
     if holds_adapter(folder / "checkpoint"):  # without its routing it is the adapted model, and not the dense base
@@ -188,33 +202,38 @@ def _numbers(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
     return ours, dense
 
 
-def _at_capacities(run: Run, capacities: Sequence[float], own: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return name -> numbers of a run's checkpoint set to these capacities; none where it isn't done.
-
-    Args:
-        own: its numbers at its own capacity, which the run was trained for.
-    """
+def _frontier_rows(run: Run) -> list[dict[str, Any]]:
+    """Return a run's rows as `frontier.py` takes them: one for each share that its checkpoint was measured at."""
+    measured, _ = _numbers(run.folder)
     report = _read(run.folder / "checkpoint/results.json")
-    if not (report and capacities):
-        return {}
-    target = float(_made_by(run).environment["TARGET_CAPACITY"])
-    others = {float(capacity): of for capacity, of in report.get("capacities", {}).items()}
-    if missing := [capacity for capacity in capacities if capacity not in {target, *others}]:
-        known = ", ".join(f"{capacity:g}" for capacity in sorted({target, *others}))
-        raise UserError(
-            f"{run.folder}/checkpoint: not calibrated for capacity {missing[0]:g}, only for {known}; --capacities of "
-            "the training says for which it is"
-        )
-    rows = {}
-    for capacity in capacities:
-        ours = own
-        if capacity != target:
-            routed = others[capacity]["held_out"]
-            ours = _held_out(routed)
+    if report is None:
+        return []
+    fields, made = run.entry["environment"], _made_by(run)
+    target = made.environment.get("TARGET_SKIPPED", fields.get("TARGET_SKIPPED"))
+    granularity = made.environment.get("GRANULARITY", fields.get("GRANULARITY"))
+    static = run.entry.get("baseline") in STATIC and granularity is None
+    row = {
+        "name": run.name,
+        "model": run.entry.get("model_name"),
+        "method": run.entry["kind"] if static else f"{run.entry['kind']} {granularity}",
+        "seed": fields.get("SEED", SEED),
+        "paper": {},
+        "command": _command(run),
+    }
+    rows = [row | {"target": float(target), "ours": measured}]
+    if run.entry.get("skipped"):
+        config = read_config(run.folder / "checkpoint")
+        settings = make_settings(config)
+        for share in run.entry["skipped"]:
+            found = report["capacities"].get(str(capacity_to_skip(complete_config(config, settings), settings, share)))
+            if found is None:
+                raise UserError(
+                    f"{run.folder}/checkpoint: not calibrated for {share} skipped; --skipped of its training"
+                )
+            ours = _held_out(found["held_out"]) | _use(found.get("use", {}))
             ours["loss_increase"] = ours["loss"] - report["held_out"]["dense"]["dense_loss"]
-            ours |= _use(others[capacity].get("use", {}))
-            ours |= {"forward": others[capacity]["forward_ratio"]} if "forward_ratio" in others[capacity] else {}
-        rows[f"{run.name} {capacity:g}"] = ours
+            ours |= {"forward": found["forward_ratio"]} if "forward_ratio" in found else {}
+            rows.append(row | {"target": share, "ours": ours})
     return rows
 
 

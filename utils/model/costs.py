@@ -206,7 +206,7 @@ def capacity_to_skip(config: dict[str, Any], settings: MoDSettings, skipped: flo
     most, constant = sum(saved.values()) / total, 0.0
     if not 0.0 < skipped < most:
         raise ValueError(
-            f"target_skipped {skipped} is out of reach: {settings.granularity} in {len(settings.layers)} of "
+            f"{skipped} is out of reach: {settings.granularity} in {len(settings.layers)} of "
             f"{config['num_hidden_layers']} layers can skip more than 0 and less than {_rounded_down(most)} of "
             "the decoder layers; route more layers (mod_n), or more of each (granularity)"
         )

@@ -188,6 +188,13 @@ class RouterTrainingArguments(TrainingArguments):
             "help": "Capacities to calibrate besides target_capacity: what one checkpoint can be set to, and between."
         },
     )
+    skipped: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Instead of capacities: shares of the decoder layers' parameters to calibrate for, each as "
+            "target_skipped counts them."
+        },
+    )
     regression_rows: int = field(
         default=1000,
         metadata={
@@ -440,6 +447,9 @@ class RouterTrainingArguments(TrainingArguments):
                 raise UserError(f"target_skipped {self.target_skipped} must lie between 0 and 1")
         elif self.target_capacity is None:
             self.target_capacity = 0.5
+        for share in self.skipped:
+            if not 0.0 < share < 1.0:
+                raise UserError(f"skipped {share} must lie between 0 and 1")
         if self.budget_length is not None and self.budget_length < 1:
             raise UserError(f"budget_length {self.budget_length} must be at least 1")
         target = [self.target_capacity] if self.target_skipped is None else []  # the other follows from the model
