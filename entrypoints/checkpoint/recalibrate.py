@@ -40,7 +40,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("checkpoint", type=Path, help="output directory of a run, or of this command")
-    parser.add_argument("--capacity", type=float, required=True, help="share of inputs to execute")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--capacity", type=float, help="share of inputs to execute")
+    target.add_argument(
+        "--skipped", type=float, help="instead: share of the decoder layers' parameters not to compute with for a token"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="where it goes; must be new or empty")
     parser.add_argument("--rows", type=int, default=64, help="rows to calibrate on, at most (default: 64)")
     parser.add_argument(
@@ -76,6 +80,7 @@ def main() -> None:
     from utils.io.locks import write_alone_until_exit
     from utils.model.checkpoint import (
         change_settings,
+        complete_config,
         load_mod_model,
         load_tokenizer,
         make_settings,
@@ -85,6 +90,7 @@ def main() -> None:
         router_name,
         write_checkpoint,
     )
+    from utils.model.costs import capacity_to_skip
     from utils.model.lora import holds_adapter
     from utils.pipeline.answers import answered
     from utils.pipeline.calibration import (
@@ -100,7 +106,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_alone_until_exit(args.output_dir)
     check(args)
-    settings = make_settings(read_config(args.checkpoint))
+    settings = make_settings(config := read_config(args.checkpoint))
+    if args.skipped is not None:
+        try:
+            args.capacity = capacity_to_skip(complete_config(config, settings), settings, args.skipped)
+        except ValueError as error:
+            raise UserError(f"skipped {error}") from None
+        logging.info("skipped %g is a capacity of %g here", args.skipped, args.capacity)
     if holds_adapter(args.checkpoint):
         raise UserError(
             f"{args.checkpoint} holds a LoRA adapter: merge it first, with build_mod_checkpoint.py --merge_lora"
@@ -170,7 +182,7 @@ def measure(model, tokenizer, held_out, prompts) -> dict:
 
 def check(args) -> None:
     """Raise `UserError` for what is out of range."""
-    if not 0.0 < args.capacity <= 1.0:
+    if args.capacity is not None and not 0.0 < args.capacity <= 1.0:
         raise UserError(f"capacity {args.capacity} must be above 0 and at most 1")
     for name in ("rows", "max_train_samples", "max_eval_samples", "max_seq_length"):
         value = getattr(args, name)

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from utils.model.cache_mod import MoDCache
 from utils.model.configuration_mod import Place, layer_of, place_name
-from utils.model.costs import capacity_of, capacity_weights
+from utils.model.costs import capacity_of, capacity_weights, skipped_share
 from utils.model.generation import generation_by
 
 from .kv_memory import kv_bytes_by_layer
@@ -26,6 +26,7 @@ class Generation:
         decode_seconds: from there to those of the last.
         shares: place of a router -> share of its decisions that executed; empty for a dense run.
         capacity: of them all, as `capacity_weights` counts them; None for a dense run.
+        skipped: share of the decoder layers' parameters that was not computed with for a token; None for a dense run.
         kv_bytes: keys and values of each layer at the end.
     """
 
@@ -35,6 +36,7 @@ class Generation:
     decode_seconds: float
     shares: dict[Place, float]
     capacity: float | None
+    skipped: float | None
     kv_bytes: list[int]
 
     @property
@@ -93,11 +95,13 @@ def generate(
             streamer=streamer,
             route=route,
         )
-    shares, capacity, settings = {}, None, model.config.mod_settings
+    shares, capacity, skipped, settings = {}, None, None, model.config.mod_settings
     if route:
         executed = torch.cat(observer.gates, dim=1).mean(dim=1).tolist()
         shares = dict(zip(settings.places, executed, strict=True))
-        capacity = capacity_of(shares, capacity_weights(model.config.to_dict(), settings))
+        config = model.config.to_dict()
+        capacity = capacity_of(shares, capacity_weights(config, settings))
+        skipped = skipped_share(config, settings, shares)
     return Generation(
         token_ids=output[0, input_ids.shape[1] :],
         prompt_tokens=input_ids.shape[1],
@@ -105,6 +109,7 @@ def generate(
         decode_seconds=observer.times[-1] - observer.times[0],
         shares=shares,
         capacity=capacity,
+        skipped=skipped,
         kv_bytes=kv_bytes_by_layer(cache),
     )
 
@@ -118,7 +123,10 @@ def describe(generation: Generation) -> str:
         for place, share in generation.shares.items():
             of_layer = generation.kv_bytes[layer_of(place)] / 1024
             lines.append(f"{place_name(place):>{width}}  {share:>8.2f}  {of_layer:>7.1f}")
-        lines.append(f"{'all':>{width}}  {generation.capacity:>8.2f}  of the routed layers")
+        lines.append(
+            f"{'all':>{width}}  {generation.capacity:>8.2f}  of the routed layers; skipped "
+            f"{generation.skipped:.1%} of the layers' parameters for a token"
+        )
     speed = generation.tokens_per_second
     lines.append(
         f"{generation.prompt_tokens} tokens read in {generation.prefill_seconds:.2f} s, {len(generation.token_ids)} "

@@ -158,6 +158,9 @@ def render(table: Table, rows: dict[str, dict[str, dict[str, Any]]]) -> str:
         if any(results[column.task]["capacity"] for column in columns):
             shares = [results[column.task]["capacity"]["capacity"] for column in columns]
             lines.append(line("  capacity", [f"{share:.3f}" for share in shares] + empty))
+            skipped = [results[column.task]["capacity"].get("skipped") for column in columns]
+            if None not in skipped:  # as in results of before
+                lines.append(line("  skipped", [f"{share:.3f}" for share in skipped] + empty))
     lines.append(line("shots", [str(first[column.task]["shots"]) for column in columns] + empty))
     lines.append(line("items", [str(first[column.task]["items"]) for column in columns] + empty))
     return "\n".join(lines)

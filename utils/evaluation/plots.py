@@ -26,8 +26,10 @@ def draw_layers(axes: Axes, runs: dict[str, dict[str, float]]) -> None:
     """Draw the share of inputs that each layer skipped, side by side for several runs (Figure 4).
 
     Args:
-        runs: name -> routed layer -> share executed.
+        runs: name -> routed layer -> share executed; of two routers in a layer, such as `15.attn`, each branch is drawn
+            by itself.
     """
+    runs = {name: of for run, shares in runs.items() for name, of in _by_branch(run, shares).items()}
     layers = sorted({int(layer) for shares in runs.values() for layer in shares})
     width = 0.8 / len(runs)
     for number, (name, shares) in enumerate(runs.items()):
@@ -37,6 +39,15 @@ def draw_layers(axes: Axes, runs: dict[str, dict[str, float]]) -> None:
         axes.bar(places, skipped, width, label=name, color=fill, hatch=HATCHES[number % 4], edgecolor="black")
     axes.set(xlabel="layer", ylabel="inputs that skip it (%)", ylim=(0, 100))
     axes.set_xticks(range(len(layers)), layers)
+
+
+def _by_branch(run: str, shares: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Return name of a run, with its branch where layers have two routers -> routed layer -> share executed."""
+    apart: dict[str, dict[str, float]] = {}
+    for name, share in shares.items():
+        layer, _, branch = str(name).partition(".")
+        apart.setdefault(f"{run}, {branch}".lstrip(", ") if branch else run, {})[layer] = share
+    return apart
 
 
 def draw_experts(axes: Axes, experts: dict[str, list[float]]) -> None:
