@@ -36,6 +36,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=1.0, help="sample among tokens of this total probability (1.0)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--compare_dense", action="store_true", help="let the dense base answer as well")
+    parser.add_argument(
+        "--cache",
+        choices=("dynamic", "static"),
+        default="dynamic",
+        help="dynamic grows and stores executed rows only; static has a fixed shape: on a GPU steps are one graph, "
+        "compiled at the first answer (dynamic)",
+    )
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="(float32, on a GPU bfloat16)")
     arguments = parser.parse_args()
@@ -79,6 +86,7 @@ def main() -> None:
     stops = stop_tokens(arguments.checkpoint, tokenizer, ends_of_turn(tokenizer))
     options = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": stops or None, "do_sample": False}
     options["pad_token_id"] = next(iter(stops), 0)
+    options["static"] = arguments.cache == "static"
     config = read_config(arguments.checkpoint)
     if arguments.temperature > 0:
         options |= {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}

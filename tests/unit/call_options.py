@@ -160,9 +160,7 @@ GENERATE: dict[str, Option] = {
         lambda model: filled_cache(model, 4), refused=("sequence",), message="no decision"
     ),
     "past_key_values, of a fixed size": Option(
-        lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=32)},
-        refused=BOTH,
-        message="StaticCache",
+        lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=32)}, plain=True
     ),
     "logits_to_keep": Option({"logits_to_keep": 4}, refused=("sequence",), message="logits_to_keep=4", plain=True),
     "token_mask": Option({"token_mask": torch.ones(2, 9).bool()}, refused=BOTH, message="token_mask"),
@@ -186,7 +184,11 @@ GENERATE: dict[str, Option] = {
         {"use_cache": False, "guidance_scale": 1.5}, refused=("sequence",), message="guidance_scale=1.5"
     ),
     "cache_implementation": Option({"cache_implementation": "dynamic"}, plain=True),
-    "cache_implementation, static": Option({"cache_implementation": "static"}, refused=BOTH, message="='static'"),
+    "cache_implementation, static": Option({"cache_implementation": "static"}, plain=True),
+    "cache_implementation, static beams": Option({"cache_implementation": "static", "num_beams": 3}),
+    "cache_implementation, offloaded static": Option(
+        {"cache_implementation": "offloaded_static"}, refused=BOTH, message="'offloaded_static'"
+    ),
     "cache_implementation, offloaded": Option(
         {"cache_implementation": "offloaded"}, refused=BOTH, message="'offloaded'"
     ),

@@ -22,7 +22,7 @@ from model_zoo import (
 )
 from routing_reference import reference_forward
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from utils.model.cache_mod import MoDCache
 from utils.model.configuration_mod import EXECUTIONS, GRANULARITIES
@@ -306,11 +306,10 @@ def test_all_growing_caches_do(granularity):
 @pytest.mark.parametrize(
     "make_cache",
     [
-        lambda config: StaticCache(config=config, max_cache_len=16),
         lambda config: EncoderDecoderCache(DynamicCache(), DynamicCache()),
         lambda config: ((torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8)),) * NUM_LAYERS,
     ],
-    ids=["static", "encoder-decoder", "tuple"],
+    ids=["encoder-decoder", "tuple"],
 )
 def test_another_cache_is_refused_with_the_way_out(granularity, make_cache):
     _, model = make_pair("llama", granularity)

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from utils.model.cache_mod import MoDCache
@@ -60,17 +60,24 @@ class _Observer:
     def __exit__(self, *exception) -> None:
         self.handle.remove()
 
+    @torch.compiler.disable  # generate compiles steps with a static cache on a GPU; this is not a part of them
     def _observe(self, model, inputs, output) -> None:
         if output.logits.is_cuda:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         gates = getattr(output, "router_gates", None)
         if gates is not None:
-            self.gates.append(gates.flatten(1))  # [routers, decisions]
+            self.gates.append(gates.flatten(1).clone())  # [routers, decisions]
 
 
 def generate(
-    model: PreTrainedModel, input_ids: torch.Tensor, streamer: BaseStreamer, route: bool = True, **options
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    streamer: BaseStreamer,
+    max_new_tokens: int,
+    route: bool = True,
+    static: bool = False,
+    **options,
 ) -> Generation:
     """Generate after one prompt.
 
@@ -78,15 +85,20 @@ def generate(
         model: a routed model.
         input_ids: int64 [1, tokens], on the model's device.
         streamer: gets the tokens as they come.
+        max_new_tokens: length of the answer, at most.
         route: False runs the dense base.
+        static: take a cache of fixed shape, with which transformers compiles the steps on a GPU.
         **options: of transformers' `GenerationConfig`; what the model's files say besides does not enter.
 
     Returns:
         The new tokens and what was observed.
     """
-    cache: Cache = MoDCache(model.config) if route else DynamicCache(config=model.config)
+    if static:
+        cache: Cache = StaticCache(config=model.config, max_cache_len=input_ids.shape[1] + max_new_tokens)
+    else:
+        cache = MoDCache(model.config) if route else DynamicCache(config=model.config)
     start = time.perf_counter()
-    with generation_by(model, **options) as config, _Observer(model) as observer:
+    with generation_by(model, max_new_tokens=max_new_tokens, **options) as config, _Observer(model) as observer:
         output = model.generate(
             input_ids,
             generation_config=config,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from .cache_mod import holds_decisions
 from .configuration_mod import MoDSettings
 from .routing_mod import Decision
 
@@ -65,8 +66,9 @@ def check_forward(
     shape = tuple(inputs.shape[:2])
     if token_mask is not None and tuple(token_mask.shape) != shape:
         raise ValueError(f"token_mask has the shape {list(token_mask.shape)}, but the input {list(shape)}")
-    begins = not isinstance(past_key_values, Cache) or past_key_values.get_seq_length() == 0
-    if position_ids is None or attention_mask is not None or shape[1] == 1 or not begins:
+    if position_ids is None or attention_mask is not None or shape[1] == 1:
+        return
+    if isinstance(past_key_values, Cache) and past_key_values.get_seq_length() > 0:
         return
     # under torch.compile the values aren't there to be looked at
     if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) != 1).any()):
@@ -114,8 +116,11 @@ class MoDGenerationMixin:
             if option(name):
                 refuse(name, "the model has no such drafts; pass an assistant_model or prompt_lookup_num_tokens")
         cache = option("cache_implementation")
-        if cache not in (None, "dynamic", "paged"):
-            refuse("cache_implementation", "only a growing cache can hold decisions; leave it out, or pass route=False")
+        if cache not in (None, "dynamic", "static", "paged"):
+            refuse(
+                "cache_implementation",
+                "only a growing or a static one can hold decisions; leave it out, or pass static or route=False",
+            )
         for name in ("token_mask", "states_at"):
             if options.get(name) is not None:
                 refuse(name, "it is of one forward, and generate makes many; leave it out")
@@ -151,6 +156,15 @@ class MoDGenerationMixin:
         """Return `forward`'s keywords for one step of `generate`."""
         # transformers takes embeddings where they are in this signature
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        mask, cache = kwargs.get("attention_mask"), inputs.get("past_key_values")
+        if (
+            self.mod_settings.level == "sequence"
+            and getattr(mask, "ndim", None) == 2
+            and inputs["attention_mask"] is not mask  # for a static cache transformers makes the kernel's mask of it
+            and not holds_decisions(cache, self.mod_settings)
+        ):
+            new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            inputs["token_mask"] = mask[:, -new.shape[1] :].bool().to(new.device)
         return inputs | {"drafted": True}
 
     def _get_candidate_generator(self, *args, model_kwargs: dict[str, Any], assistant_model=None, **kwargs):
@@ -168,5 +182,5 @@ class MoDGenerationMixin:
         if gates is not None and self.mod_settings.level == "sequence" and not model_kwargs.get("use_cache"):
             of_routers = zip(self.mod_settings.places, outputs.router_scores, gates, strict=True)
             decisions = {place: Decision(scores, gate) for place, scores, gate in of_routers}
-            model_kwargs["gate_rule"] = lambda place, inputs: decisions[place]
+            model_kwargs["gate_rule"] = lambda place, inputs: decisions[place].to(inputs.device)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

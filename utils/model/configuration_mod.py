@@ -305,12 +305,12 @@ class MoDSettings:
         rank = self.substitute["rank"]
         return rank[self.places.index(place)] if isinstance(rank, tuple) else rank
 
-    @property
+    @cached_property
     def target(self) -> str:
         """What is gated: `attn`, `mlp`, `block`, `attn_mlp` (both, apart from each other) or `expert`."""
         return self.granularity.rsplit("_", 1)[0]
 
-    @property
+    @cached_property
     def branches(self) -> tuple[str, ...]:
         """What each router of a layer gates, in the order of their execution."""
         return BRANCHES if self.target == "attn_mlp" else (self.target,)
@@ -328,7 +328,7 @@ class MoDSettings:
         """Return what the router there gates: `attn`, `mlp`, `block` or `expert`."""
         return self.target if isinstance(place, int) else place[1]
 
-    @property
+    @cached_property
     def level(self) -> str:
         """What one decision is for: a whole `sequence` or a single `token`."""
         return self.granularity.rsplit("_", 1)[1]

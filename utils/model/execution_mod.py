@@ -7,11 +7,13 @@ nothing is kept, nothing is gathered. This file travels inside every checkpoint.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from .decode_mod import branch_in_a_graph, masked_forward
 from .projections_mod import cache_no_rows
 from .routing_mod import Decision, Routing, decide, router_inputs
 from .token_attention_mod import attend_kept_tokens
@@ -32,18 +34,20 @@ def dense_forward(
         [batch, tokens, hidden_size], in the dtype of `hidden_states`.
     """
     branches, cache = layer.mod_settings.branches, attention_kwargs["past_key_values"]
+    if routing.gate_rule is None and not torch.is_grad_enabled():
+        return masked_forward(layer, hidden_states, partial(_gate, layer, routing, cache), attention_kwargs)
 
     def gated(branch: str, normed: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Return `M F(x) + (1 - M) S(x)`, `F` being `run`; `F(x)` where the branch has no router."""
         if branch not in branches:
             return run(normed)
-        gate, substitute = _gate(layer, branch, normed, routing, cache), layer.substitute_of(branch)
+        gate, substitute = _gate(layer, routing, cache, branch, normed), layer.substitute_of(branch)
         output = gate * run(normed)
         return output if substitute is None else output + (1 - gate) * substitute(normed)
 
     residual, normed = hidden_states, layer.input_layernorm(hidden_states)
     if "block" in branches:
-        gate, substitute = _gate(layer, "block", normed, routing, cache), layer.substitute_of("block")
+        gate, substitute = _gate(layer, routing, cache, "block", normed), layer.substitute_of("block")
         skipped = residual if substitute is None else residual + substitute(normed)
     hidden_states = residual + gated("attn", normed, lambda normed: _attend(layer, normed, attention_kwargs))
     hidden_states = hidden_states + gated("mlp", layer.post_attention_layernorm(hidden_states), layer.mlp)
@@ -79,6 +83,8 @@ def _sparse_sequences(
 ) -> torch.Tensor:
     cache, substitute, norm = attention_kwargs["past_key_values"], layer.substitute_of(branch), _norm(layer, branch)
     decision, normed = _recall(layer, branch, routing, cache), None
+    if decision is not None and hidden_states.shape[0] == 1 and torch.compiler.is_compiling():
+        return branch_in_a_graph(layer, branch, hidden_states, decision, attention_kwargs)
     if decision is None:
         normed = norm(hidden_states)
         decision = _decide(layer, branch, normed, routing, cache)
@@ -99,13 +105,14 @@ def _sparse_sequences(
         substituted = decision.skipped, substitute(normed[decision.skipped])
     else:
         substituted = None
-    normed = norm(hidden_states[rows]) if normed is None else normed[rows]  # [kept, tokens, hidden_size]
+    picked = hidden_states[rows] if normed is None or branch == "block" else None
+    normed = norm(picked) if normed is None else normed[rows]  # [kept, tokens, hidden_size]
     if branch == "mlp":
         return _add_at(hidden_states, (rows, layer.mlp(normed)), substituted)
     attention = _attend(layer, normed, select_rows(attention_kwargs, rows, batch=hidden_states.shape[0]))
     if branch == "attn":
         return _add_at(hidden_states, (rows, attention), substituted)
-    kept = _add_mlp(layer, hidden_states[rows] + attention)
+    kept = _add_mlp(layer, picked + attention)
     return _put_at(hidden_states, (rows, kept), substituted)
 
 
@@ -183,8 +190,12 @@ def _decide(layer: torch.nn.Module, branch: str, normed: torch.Tensor, routing: 
     """Decide on the normed input [batch, tokens, hidden_size], record it and let the cache hold it."""
     settings, place = layer.mod_settings, layer.place_of(branch)
     if routing.gate_rule is None:
-        threshold = settings.threshold_of(place)
-        decision = Decision(*decide(layer.router_of(branch), normed, settings.level, threshold, routing.token_mask))
+        router, room = layer.router_of(branch), routing.room
+        if room is not None and room.gates.device == normed.device:
+            decision = room.decide(place, router, normed)
+        else:
+            threshold = settings.threshold_of(place)
+            decision = Decision(*decide(router, normed, settings.level, threshold, routing.token_mask))
     else:
         inputs = router_inputs(normed, settings.level, routing.token_mask)
         decision = routing.gate_rule(place, inputs)
@@ -194,7 +205,7 @@ def _decide(layer: torch.nn.Module, branch: str, normed: torch.Tensor, routing: 
     return decision
 
 
-def _gate(layer: torch.nn.Module, branch: str, normed: torch.Tensor, routing: Routing, cache: Any) -> torch.Tensor:
+def _gate(layer: torch.nn.Module, routing: Routing, cache: Any, branch: str, normed: torch.Tensor) -> torch.Tensor:
     """Return the gates, [batch, 1 or tokens, 1], in the dtype of the hidden states."""
     decision = _recall(layer, branch, routing, cache) or _decide(layer, branch, normed, routing, cache)
     return decision.gates.reshape(normed.shape[0], -1, 1).to(normed.dtype)

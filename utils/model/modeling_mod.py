@@ -29,7 +29,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils import can_return_tuple, is_peft_available
 
-from .cache_mod import MoDCache, NoCache, adapt_cache, check_cache, refuse_decisions
+from .cache_mod import MoDCache, NoCache, adapt_cache, check_cache, holds_decisions, refuse_decisions
 from .calls_mod import MoDGenerationMixin, check_forward
 from .configuration_mod import (
     EXECUTIONS,
@@ -43,9 +43,10 @@ from .configuration_mod import (
     layer_of,
     module_name,
 )
+from .decode_mod import choose_execution
 from .execution_mod import dense_forward, sparse_forward
 from .moe_mod import expert_forward
-from .routing_mod import Decision, MoDRouter, Routing
+from .routing_mod import Decision, MoDRouter, Room, Routing
 from .substitute_mod import MoDSubstitute
 
 
@@ -222,6 +223,7 @@ class MoDPreTrainedMixin:
         execution: str | None,
         drafts: int = 0,
         token_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
         **kwargs,
     ) -> Routing:
         """Prepare the routing of one forward.
@@ -229,22 +231,30 @@ class MoDPreTrainedMixin:
         Args:
             inputs: the new tokens or their embeddings, [batch, tokens, ...].
             attention_mask: [batch, past + tokens], or None; at token level any mask that the base model takes.
-            execution: `dense`, `sparse`, or None for dense in training and sparse otherwise.
+            execution: `dense`, `sparse`, or None for what `choose_execution` says.
             drafts: number of trailing tokens that have no say in a sequence's decision.
             token_mask: bool [batch, tokens], which tokens have, where `attention_mask` isn't to say it.
+            past_key_values: the cache, or None.
             kwargs: the forward's further keywords.
 
         Raises:
             ValueError: as `MoDForCausalLMMixin.forward`.
         """
+        settings = self.mod_settings
         if execution is None:
-            execution = "dense" if self.training else "sparse"
+            execution = choose_execution(settings, inputs, past_key_values, self.training)
         check_choice("execution", execution, EXECUTIONS)
         if execution == "sparse" and kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("sparse execution computes no attention map for what it skips: pass execution='dense'")
-        check_forward(self.mod_settings, inputs, attention_mask, token_mask=token_mask, **kwargs)
-        if self.mod_settings.level == "token":
-            return Routing(token_mask=None, sparse=execution == "sparse")
+        of_call = {"token_mask": token_mask, "past_key_values": past_key_values, **kwargs}
+        check_forward(settings, inputs, attention_mask, **of_call)
+        routing = Routing(token_mask=None, sparse=execution == "sparse")
+        if settings.level == "token":
+            if settings.target != "expert" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                routing.room = Room({place: settings.threshold_of(place) for place in settings.places}, inputs)
+            return routing
+        if holds_decisions(past_key_values, settings):
+            return routing
 
         batch, tokens = inputs.shape[:2]
         if token_mask is not None:
@@ -256,7 +266,8 @@ class MoDPreTrainedMixin:
         if drafts:
             counted = torch.arange(tokens, device=inputs.device).expand(batch, -1) < tokens - drafts
             token_mask = counted if token_mask is None else token_mask & counted
-        return Routing(token_mask=token_mask, sparse=execution == "sparse")
+        routing.token_mask = token_mask
+        return routing
 
     def make_cache(
         self, inputs: torch.Tensor, past_key_values: Any, use_cache: bool | None, routing: Routing
@@ -272,7 +283,7 @@ class MoDPreTrainedMixin:
             refuse_decisions(past_key_values)
         elif past_key_values is not None:
             adapt_cache(past_key_values, self.mod_settings, self.config.num_hidden_layers)
-            check_cache(past_key_values, self.mod_settings, inputs.shape[0], routing.sparse)
+            check_cache(past_key_values, self.mod_settings, *inputs.shape[:2], routing.sparse)
         elif use_cache:
             past_key_values = MoDCache(self.config)
         return past_key_values, use_cache
@@ -365,12 +376,13 @@ class MoDForCausalLMMixin(MoDGenerationMixin, MoDPreTrainedMixin):
         Args:
             input_ids: int64 [batch, tokens], or `inputs_embeds` [batch, tokens, hidden_size].
             attention_mask: [batch, past + tokens], 1 for real tokens; None where there is no padding.
-            past_key_values: an empty `DynamicCache` or `MoDCache`, or one that this model has filled. The decisions
-                that its first call takes for sequences hold for all later ones.
+            past_key_values: an empty `DynamicCache`, `MoDCache` or `StaticCache`, or one that this model has filled.
+                The decisions that its first call takes for sequences hold for all later ones.
             labels: int64 [batch, tokens], -100 where unsupervised.
             use_cache: default as the config says, but False in training.
             route: False runs the dense base model, as if every input were kept.
-            execution: `dense` or `sparse`; default dense in training, sparse otherwise. One cache stays with one.
+            execution: `dense` or `sparse`; by default as `choose_execution` says. A growing cache stays with one where
+                it decides what is stored, a static one goes on with either.
             drafted: the last `logits_to_keep - 1` tokens are drafts to be verified and have no say in a sequence's
                 decision; `generate` sets it, so that assisted decoding decides as plain decoding does.
             token_mask: bool [batch, tokens], the tokens that have a say in a sequence's decision, in place of
@@ -415,7 +427,8 @@ class MoDForCausalLMMixin(MoDGenerationMixin, MoDPreTrainedMixin):
             raise ValueError("labels need logits, which states_at leaves out: give one of the two")
         else:
             inner = self.model(**inner_kwargs)
-            states = inner.last_hidden_state.flatten(0, 1).index_select(0, states_at)
+            states = inner.last_hidden_state.flatten(0, 1)
+            states = states.index_select(0, states_at.to(states.device))
             output = MoDCausalLMOutput(states=states, past_key_values=inner.past_key_values)
         if not routing.enabled:
             return output
@@ -423,11 +436,8 @@ class MoDForCausalLMMixin(MoDGenerationMixin, MoDPreTrainedMixin):
 
     def decided(self, routing: Routing) -> dict[str, torch.Tensor]:
         """Return the output's fields for what was decided in a forward, each [routers, ...]."""
-        decisions = [routing.decisions[place] for place in self.mod_settings.places]
-        return {
-            "router_scores": torch.stack([decision.scores for decision in decisions]),
-            "router_gates": torch.stack([decision.gates for decision in decisions]),
-        }
+        scores, gates = routing.stacked(self.mod_settings.places)
+        return {"router_scores": scores, "router_gates": gates}
 
 
 class MoDLlamaDecoderLayer(MoDDecoderLayerMixin, LlamaDecoderLayer):

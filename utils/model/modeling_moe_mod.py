@@ -72,7 +72,8 @@ class MoDMoEForCausalLMMixin(MoDForCausalLMMixin):
         """Return the output's fields for what was decided in a forward, each [routers, ...]."""
         fields = super().decided(routing)
         if self.mod_settings.target == "expert":
-            experts = [routing.decisions[index].experts for index in self.mod_settings.layers]
+            device = fields["router_gates"].device
+            experts = [routing.decisions[index].experts.to(device) for index in self.mod_settings.layers]
             fields["router_experts"] = torch.stack(experts)
         return fields
 

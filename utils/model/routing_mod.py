@@ -6,7 +6,6 @@ inside every checkpoint.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,12 +31,19 @@ class Decision:
     experts: torch.Tensor | None = None
 
     @cached_property
-    def kept_on_host(self) -> torch.Tensor:
-        """Indices of the kept inputs in the flattened gates, int64 [kept] ascending, on the CPU.
+    def gates_on_host(self) -> torch.Tensor:
+        """The gates, flattened, on the CPU. Found once: this is the one transfer to the host that skipping costs."""
+        return self.gates.detach().cpu().flatten()
 
-        Found once: this is the one transfer to the host that skipping costs.
-        """
-        return self.gates.detach().cpu().flatten().nonzero().squeeze(-1)
+    @cached_property
+    def kept_on_host(self) -> torch.Tensor:
+        """Indices of the kept inputs in the flattened gates, int64 [kept] ascending, on the CPU."""
+        return self.gates_on_host.nonzero().squeeze(-1)
+
+    @cached_property
+    def executes(self) -> torch.Tensor:
+        """Whether the one sequence of a batch is kept, bool [], on the CPU."""
+        return self.gates_on_host[0] > 0
 
     @cached_property
     def kept(self) -> torch.Tensor | None:
@@ -53,6 +59,13 @@ class Decision:
         left[self.kept_on_host] = False
         return left.nonzero().squeeze(-1).to(self.gates.device, non_blocking=True)
 
+    def to(self, device: torch.device) -> "Decision":
+        """Return the decision on a device: itself where it is there."""
+        if self.gates.device == device:
+            return self
+        experts = None if self.experts is None else self.experts.to(device)
+        return Decision(self.scores.to(device), self.gates.to(device), experts)
+
     def held(self) -> "Decision":
         """Return the decision as a cache holds it: without gradient."""
         return Decision(self.scores.detach(), self.gates.detach()) if self.scores.requires_grad else self
@@ -67,6 +80,31 @@ class Decision:
         return selected
 
 
+class Room:
+    """Where the routers of one forward decide on tokens, so that nothing has to be stacked afterwards.
+
+    Without gradient alone: results are written to what is there.
+
+    Args:
+        thresholds: place -> threshold, of the routers in the order of the settings' `places`.
+        inputs: [batch, tokens, ...], of the forward.
+    """
+
+    def __init__(self, thresholds: dict[Place, float], inputs: torch.Tensor):
+        shape = (2, len(thresholds), *inputs.shape[:2])
+        self.scores, self.gates = torch.empty(shape, dtype=torch.float32, device=inputs.device).unbind()
+        # a tensor is compared with faster than a number, which has to be made one
+        each = torch.tensor(list(thresholds.values()), dtype=torch.float32).unbind()
+        of_each = zip(self.scores.unbind(), self.gates.unbind(), each, strict=True)
+        self.of_router = dict(zip(thresholds, of_each, strict=True))
+
+    def decide(self, place: Place, router: "MoDRouter", hidden_states: torch.Tensor) -> Decision:
+        """Decide as `decide` does, on each token of `hidden_states` [batch, tokens, hidden_size]."""
+        scores, gates, threshold = self.of_router[place]
+        torch.sigmoid(router(hidden_states), out=scores)
+        return Decision(scores, torch.ge(scores, threshold, out=gates))
+
+
 @dataclass
 class Routing:
     """What one forward's layers need to route, and what they decided. Made for each forward, kept by nobody.
@@ -79,6 +117,7 @@ class Routing:
             stands in for router and threshold, in training and calibration. Where experts are routed it is given
             those of each token as well, int64 [batch, tokens, top_k].
         decisions: place -> what the router there decided in this forward, or at the prefill of the cache.
+        room: where tokens are decided on, where no gradient is asked for; None for wherever it falls.
     """
 
     token_mask: torch.Tensor | None
@@ -86,6 +125,16 @@ class Routing:
     enabled: bool = True
     gate_rule: Callable[[Place, torch.Tensor], Decision] | None = None
     decisions: dict[Place, Decision] = field(default_factory=dict)
+    room: Room | None = None
+
+    def stacked(self, places: tuple[Place, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and gates of the routers, [routers, ...], on the device of the first one."""
+        decisions, room = [self.decisions[place] for place in places], self.room
+        if room is not None and all(self.decisions[place].gates is room.of_router[place][1] for place in places):
+            return room.scores, room.gates
+        device = decisions[0].gates.device  # a model may lie on several
+        moved = [decision.to(device) for decision in decisions]
+        return torch.stack([each.scores for each in moved]), torch.stack([each.gates for each in moved])
 
 
 class MoDRouter(nn.Module):
@@ -114,10 +163,14 @@ class MoDRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits, float32 [...] or [..., num_experts], for `hidden_states` [..., hidden_size]."""
         device = hidden_states.device.type
-        # entering the context costs more time than a decode step's product
-        context = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with context:
-            logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        if torch.is_autocast_enabled(device):
+            # entering a context costs more time than a decode step's product
+            with torch.autocast(device, enabled=False):
+                return self._logits(hidden_states)
+        return self._logits(hidden_states)
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = nn.functional.linear(hidden_states.float(), self.weight.float())
         return logits if self.num_experts else logits.squeeze(-1)
 
 
@@ -134,6 +187,7 @@ def mean_over_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | Non
     hidden_states = hidden_states.float()
     if token_mask is None:
         return hidden_states.mean(dim=1)
+    token_mask = token_mask.to(hidden_states.device)  # of a model on several devices it is on the first
     weights = token_mask.to(hidden_states.dtype)  # [batch, tokens]
     # `where` and not a product: what stands at a padding position may be anything, infinities too
     total = torch.where(token_mask.unsqueeze(-1), hidden_states, 0.0).sum(dim=1)
@@ -142,8 +196,9 @@ def mean_over_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | Non
 
 def straight_through(scores: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
     """Return `M`: 1.0 where `scores >= threshold`, else 0.0, with the gradient of `scores` (Eq. 2 and 4)."""
-    gates = (scores >= threshold).to(scores.dtype)
-    return gates + (scores - scores.detach()) if scores.requires_grad else gates
+    if scores.requires_grad:
+        return (scores >= threshold).to(scores.dtype) + (scores - scores.detach())
+    return torch.ge(scores, threshold, out=torch.empty_like(scores))  # in one kernel
 
 
 def router_inputs(hidden_states: torch.Tensor, level: str, token_mask: torch.Tensor | None) -> torch.Tensor:

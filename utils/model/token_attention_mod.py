@@ -16,6 +16,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .cache_mod import is_static
 from .projections_mod import keys_and_values, queries_of
 from .routing_mod import Decision
 
@@ -53,6 +54,10 @@ def attend_kept_tokens(
         return None
 
     batch, tokens, _ = normed.shape
+    static = is_static(cache)
+    if static and mask is None:
+        # the prompt alone: what stands behind it was never written
+        keys, values = keys[:, :, :tokens], values[:, :, :tokens]
     queries = queries_of(attention, normed, kept, position_embeddings)  # [kept, heads, head_dim]
 
     implementation = attention.config._attn_implementation
@@ -74,6 +79,8 @@ def attend_kept_tokens(
         if implementation == "eager":
             # it lets a query that sees nothing (padding on the left) average over all keys: leave none out
             kernel, length = attend, tokens
+        if static and mask is not None:
+            length = tokens  # where the new keys stand isn't known here
         outputs = [
             kernel(queries[None, run], keys[row, None, :, :seen], values[row, None, :, :seen], run_mask)
             for row, run, seen, run_mask in _query_runs(kept, batch, tokens, keys.shape[2] - tokens, length, mask)
