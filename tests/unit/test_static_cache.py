@@ -19,7 +19,10 @@ from model_zoo import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
+from transformers.generation import CompileConfig
+from transformers.generation.streamers import BaseStreamer
 
+from utils.evaluation.generation import generate
 from utils.model.configuration_mod import EXECUTIONS, GRANULARITIES
 from utils.model.decode_mod import attend_to_nothing, choose_execution
 
@@ -90,7 +93,12 @@ def assert_equals_the_specification(model, batch, side, steps, executions=(None,
     return gates[0]
 
 
-FAST = {("llama", "attn_mlp_sequence"), ("mistral", "block_sequence"), ("qwen3", "block_token"), ("olmoe", "expert_token")}
+FAST = [
+    ("llama", "attn_mlp_sequence"),
+    ("mistral", "block_sequence"),
+    ("qwen3", "block_token"),
+    ("olmoe", "expert_token"),
+]
 
 
 def pairs():
@@ -319,3 +327,39 @@ def assert_one_compilation(model, batch):
         patterns.add(str(gates.tolist()))
     assert counter.frame_count == 1
     assert len(patterns) > 2
+
+
+class Silent(BaseStreamer):
+    """A streamer that keeps nothing."""
+
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("granularity", ["attn_mlp_sequence", "block_token"])
+def test_the_terminal_generation_gives_the_tokens_of_a_growing_cache(granularity):
+    model, prompt = routed(granularity), random_tokens(1, PROMPT)
+    growing, static, dense = (
+        generate(model, prompt, Silent(), max_new_tokens=6, **options)
+        for options in ({}, {"static": True}, {"static": True, "route": False})
+    )
+    assert static.token_ids.equal(growing.token_ids)
+    assert static.shares == growing.shares
+    assert sum(static.kv_bytes) == sum(dense.kv_bytes) > sum(growing.kv_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["attn_mlp_sequence", "block_token"])
+def test_what_generate_compiles_by_itself_gives_the_same_tokens_and_is_observed(granularity):
+    model, prompt = routed(granularity), random_tokens(1, PROMPT)
+    compiled = CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    found, expected = (
+        generate(model, prompt, Silent(), max_new_tokens=6, static=True, **options)
+        for options in ({"compile_config": compiled}, {})
+    )
+    assert found.token_ids.equal(expected.token_ids)
+    assert found.shares == expected.shares
