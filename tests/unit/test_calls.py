@@ -39,7 +39,8 @@ def routed(granularity, arch="llama", **options):
 
 def state_of(model):
     """All that a call might leave behind: configs, modes, attributes, weights."""
-    lazy = {"_output_capturing_hooks_installed"}  # transformers' own, at the first call that needs it
+    # transformers' own: at the first call that needs it, and how long the longest static cache was
+    lazy = {"_output_capturing_hooks_installed", "_previous_max_cache_length"}
     attributes = {name: (set(vars(module)) - lazy, module.training) for name, module in model.named_modules()}
     weights = {name: (id(p), p._version, p.requires_grad) for name, p in model.named_parameters()}
     return model.config.to_dict(), model.generation_config.to_dict(), attributes, weights
