@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model_zoo import (
+    HIDDEN_SIZE,
     MOE_ARCHITECTURES,
     SEQUENCE_GRANULARITIES,
     add_routers,
@@ -18,6 +19,7 @@ from model_zoo import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
@@ -363,3 +365,63 @@ def test_what_generate_compiles_by_itself_gives_the_same_tokens_and_is_observed(
     )
     assert found.token_ids.equal(expected.token_ids)
     assert found.shares == expected.shares
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that compute: one each, as a GPU's kernels would be."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function._schema.returns
+        makes_a_view = any(result.alias_info is not None and not result.alias_info.is_write for result in results)
+        self.count += not (makes_a_view or function.overloadpacket.__name__ in NO_KERNEL)
+        return function(*args, **(kwargs or {}))
+
+
+NO_KERNEL = ("empty", "empty_like", "new_empty", "detach", "_unsafe_view", "alias", "lift_fresh")
+
+
+def kernels_of_a_step(model, batch, **options):
+    """Return how many kernels a step with a static cache launches, and the gates."""
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(random_tokens(batch, PROMPT), past_key_values=cache, **options)
+        with Kernels() as kernels:
+            output = model(random_tokens(batch, 1), past_key_values=cache, **options)
+    return kernels.count, getattr(output, "router_gates", None)
+
+
+@every_granularity
+def test_a_masked_step_launches_at_most_three_kernels_more_than_the_base_for_each_router(granularity):
+    model = routed(granularity)
+    base, _ = kernels_of_a_step(model, 8, route=False)
+    masked, _ = kernels_of_a_step(model, 8, execution="dense")
+    assert base < masked <= base + 3 * len(model.mod_settings.places)
+
+
+@pytest.mark.parametrize("granularity", SEQUENCE_GRANULARITIES)
+def test_a_step_of_one_sequence_launches_nothing_of_what_it_skips(granularity):
+    model = routed(granularity)
+    base, _ = kernels_of_a_step(model, 1, route=False)
+    found, gates = kernels_of_a_step(model, 1)
+    layer, normed = model.model.layers[1], torch.zeros(1, 1, HIDDEN_SIZE)
+    rotary = model.model.rotary_emb(normed, torch.zeros(1, 1, dtype=torch.int64))
+    branches = {
+        "attn": lambda: normed + layer.self_attn(layer.input_layernorm(normed), rotary, None)[0],
+        "mlp": lambda: normed + layer.mlp(layer.post_attention_layernorm(normed)),
+    }
+    alone = {}
+    for branch, run in branches.items():
+        with torch.no_grad(), Kernels() as kernels:
+            run()
+        alone[branch] = kernels.count
+    alone["block"] = alone["attn"] + alone["mlp"]
+    settings = model.mod_settings
+    skipped = sum(
+        alone[settings.branch_of(place)] for place, kept in zip(settings.places, gates[:, 0], strict=True) if not kept
+    )
+    assert skipped > 0
+    assert found <= base - skipped + 2 * len(settings.places)
