@@ -108,13 +108,13 @@ def measure(arguments: argparse.Namespace) -> int:
         make_dense(Path(arguments.checkpoint), dense)
         starting = [
             Server("dense", dense, ["vllm.entrypoints.launchers.api_server.entry", "--model", str(dense)], options),
-            Server("routed", arguments.checkpoint, ["router_tuning_vllm.serve", arguments.checkpoint, *own], options),
+            Server("routed", dense, ["router_tuning_vllm.serve", arguments.checkpoint, *own], options),
         ]
         servers = [stack.enter_context(server) for server in starting]
         prompts = Path(folder) / "prompts.jsonl"
         results = []
         for load in loads:
-            write_prompts(arguments.text, Path(arguments.checkpoint), load, prompts)
+            write_prompts(arguments.text, dense, load, prompts)
             pairs: Pairs = []
             for repeat in range(arguments.repeats + 1):
                 pair = tuple(server.run(load, prompts, Path(folder)) for server in servers)
@@ -191,11 +191,11 @@ def make_dense(checkpoint: Path, folder: Path) -> None:
             shutil.copy(path, folder / path.name)
 
 
-def write_prompts(text: Path, checkpoint: Path, load: Load, path: Path) -> None:
+def write_prompts(text: Path, folder: Path, load: Load, path: Path) -> None:
     """Cut prompts of a load's length out of a text, evenly spread over it, and write them for the load generator."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
     spare = len(tokens) - load.input_tokens
     if spare < load.requests:
@@ -212,13 +212,13 @@ class Server:
 
     Args:
         name: `dense` or `routed`.
-        model: the checkpoint's folder.
+        tokenizer: a folder that has it, of a model type that needs no code of its own.
         command: the module that starts it, and its arguments.
         options: vLLM's.
     """
 
-    def __init__(self, name: str, model: Path, command: list[str], options: list[str]):
-        self.name, self.model = name, str(model)
+    def __init__(self, name: str, tokenizer: Path, command: list[str], options: list[str]):
+        self.name, self.tokenizer = name, str(tokenizer)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -278,7 +278,7 @@ class Server:
         path = folder / "result.json"
         command = [
             *(sys.executable, "-m", "router_tuning_vllm.load", "--backend", "openai", "--base-url", self.url),
-            *("--model", "served", "--tokenizer", self.model),
+            *("--model", "served", "--tokenizer", self.tokenizer),
             *("--dataset-name", "custom", "--dataset-path", str(prompts), "--custom-output-len", "-1"),
             *("--skip-chat-template", "--disable-shuffle", "--num-prompts", str(load.requests)),
             *("--ignore-eos", "--temperature", "0", "--disable-tqdm", "--percentile-metrics", "ttft,tpot,e2el"),
