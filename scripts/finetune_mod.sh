@@ -133,6 +133,11 @@ NUM_PROCESSES="${NUM_PROCESSES:-$(((gpus > 0 ? gpus : 1) * NUM_MACHINES))}"
 # shellcheck source=scripts/setup_env.sh
 source "$root/scripts/setup_env.sh"
 
+# A GPU that is there is what a run is for: one that torch can't use is no reason to train on the CPU
+if ((gpus > 0)) && [[ "${DRY_RUN:-0}" != 1 ]]; then
+  (cd "$root" && python -c 'from utils.io.devices import choose_device as choose; from utils.io.errors import run_command; run_command(lambda: choose() and None)')
+fi
+
 # A misspelt field would be ignored. The fields are what is read here with a default; MY_FIELD and FIELD_OF_MINE are fine.
 misspelt="$(compgen -e | python -c '
 import difflib, re, sys

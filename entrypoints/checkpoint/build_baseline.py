@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, run_command
 
 TRAINED = ("dlo", "skip_transformer")
@@ -136,7 +137,7 @@ def main() -> None:
     if args.skipped is not None:
         args.capacity = capacity_for(args, config, settings)
     settings = replace(settings, target_capacity=args.capacity)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     tokenizer = load_tokenizer(model_dir)
     rows, held_out, others = split_for_training(
         load_messages(args.train_file), args.seed, args.rows, max_eval_samples=64

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, run_command
 
 FROM_RECORD = {
@@ -123,7 +124,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.checkpoint)
     rows, held_out, prompts, batches = prepare_rows(args, record, tokenizer)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(args.dtype, args.dtype)
     model = load_mod_model(args.checkpoint, settings, dtype=getattr(torch, dtype)).to(device).eval()
     rows = answered(model, rows, ends_of_answers(tokenizer, args.chat_format), progress=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, run_command
 
 
@@ -101,9 +102,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine, or this build of torch, has no CUDA device")
+    device = choose_device(arguments.device)
 
     manager = find_tasks(table.columns)
     if arguments.data_dir:

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, run_command
 
 
@@ -56,7 +57,7 @@ def main() -> None:
         read_text(arguments.text_file), add_special_tokens=False, verbose=False
     ).input_ids
     input_ids = cut_prompts(torch.tensor(token_ids), arguments.rows, arguments.length)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device()
     model = load_mod_model(arguments.checkpoint, dtype="auto").to(device).eval()
     with tqdm(total=len(input_ids), unit="row", disable=None) as bar:
         load = measure_expert_load(model, input_ids, progress=bar.update)

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, run_command
 
 
@@ -44,7 +45,6 @@ def main() -> None:
     """Load, route, write."""
     arguments = parse_arguments()
 
-    import torch
     import transformers
     from tqdm import tqdm
 
@@ -56,9 +56,7 @@ def main() -> None:
     if not is_mod(read_config(arguments.checkpoint)):
         raise UserError(f"{arguments.checkpoint}: a dense model routes nothing; name a MoD checkpoint")
     settings = read_settings(arguments.checkpoint, arguments.capacity)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine, or this build of torch, has no CUDA device")
+    device = choose_device(arguments.device)
     transformers.logging.disable_progress_bar()
     model = load_mod_model(arguments.checkpoint, settings, dtype=arguments.dtype).to(device).eval()
     tokenizer = load_tokenizer(arguments.checkpoint)

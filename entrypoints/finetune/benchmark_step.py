@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, run_command
 
 
@@ -82,7 +83,7 @@ def main() -> None:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = choose_device() == "cuda"
     dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
     tokenizer = load_tokenizer(arguments.checkpoint)
     model = load_mod_model(arguments.checkpoint, dtype=getattr(torch, dtype))

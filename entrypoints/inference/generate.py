@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, run_command
 
 
@@ -73,9 +74,7 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine, or this build of torch, has no CUDA device")
+    device = choose_device(arguments.device)
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     settings = read_settings(arguments.checkpoint, arguments.capacity)
     model = load_mod_model(arguments.checkpoint, settings, dtype=dtype).to(device).eval()

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError
 from utils.model.checkpoint import is_mod, load_mod_model, load_tokenizer, read_config, read_settings
 from utils.model.configuration_mod import MoDSettings
@@ -102,7 +103,7 @@ class MoDLM(HFLM):
         else:
             choose_pool(read_settings(pretrained, capacity), pool)  # refused before anything is loaded
             tokenizer = tokenizer or load_tokenizer(pretrained)
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = choose_device(device)
             pretrained = load_model(pretrained, dtype, capacity).to(device)
         super().__init__(
             pretrained=pretrained, tokenizer=tokenizer, backend="causal", batch_size=int(batch_size or 1), **kwargs
@@ -143,7 +144,8 @@ class MoDLM(HFLM):
         with tqdm(total=len(requests), desc="log-likelihood", unit="request", disable=disable_tqdm or None) as bar:
             for start in range(0, len(inputs), size):
                 batch = inputs[start : start + size]
-                for item, logits in zip(batch, self._logits(batch), strict=True):
+                counts = [max(len(requests[index][2]) for index in same_input[item]) for item in batch]
+                for item, logits in zip(batch, self._logits(batch, counts), strict=True):
                     for index in same_input[item]:
                         key, _, continuation = requests[index]
                         answers[index] = _score(logits[-len(continuation) :], continuation, self.softmax_dtype)
@@ -152,13 +154,16 @@ class MoDLM(HFLM):
                         bar.update(1)
         return answers
 
-    def _logits(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
-        """Return the logits of each input: [tokens, vocabulary], or those from its context's last token on."""
+    def _logits(self, batch: Sequence[tuple[tuple[int, ...], int]], counts: Sequence[int]) -> list[torch.Tensor]:
+        """Return the logits [tokens, vocabulary] of each input's last tokens, of at least as many as `counts` says."""
         rows = [torch.tensor(tokens, device=self.device) for tokens, _ in batch]
         if not self._pools_context:
             input_ids, mask = _pad(rows, "right")
-            logits = self._forward(input_ids, attention_mask=mask).logits
-            return [logits[row, : len(tokens)] for row, tokens in enumerate(rows)]
+            # those of whole contexts would take more memory than all else
+            first = min(len(tokens) - count for tokens, count in zip(rows, counts, strict=True))
+            keep = input_ids.shape[1] - first
+            logits = self._forward(input_ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
+            return [logits[row, : len(tokens) - first] for row, tokens in enumerate(rows)]
 
         contexts, rests = zip(*((row[:n], row[n:]) for row, (_, n) in zip(rows, batch, strict=True)), strict=True)
         input_ids, mask = _pad(contexts, "left")

@@ -5,11 +5,11 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
+from utils.io.devices import choose_device
 from utils.io.errors import UserError, suggest
 from utils.model.configuration_mod import EXPERT_GRANULARITY, SEQUENCE_POOLINGS, SUBSTITUTES
 
@@ -349,7 +349,7 @@ class RouterTrainingArguments(TrainingArguments):
             self.router_only = True  # the backbone is frozen, whichever of the two was meant
         deepspeed = deepspeed_was_asked_for()
         zero3 = zero_stage() == 3
-        on_gpu = not self.use_cpu and torch.cuda.is_available()
+        on_gpu = not self.use_cpu and choose_device() == "cuda"
         if deepspeed and self.bf16 and not zero3:
             raise UserError("bf16: DeepSpeed's would round the routers, which stay float32; leave --bf16 out")
         if on_gpu and ((zero3 and self.router_only) or (not self.router_only and not deepspeed)):
