@@ -75,8 +75,8 @@ def test_what_is_skipped_is_replaced_in_routed_columns_alone(granularity):
 
 
 def test_what_is_saved_with_substitutes_is_of_what_is_saved_without():
-    seconds = {"dense": [10.0, 20.0, 12.0], "all_skipped": [7.0, 14.0, 8.4], "unreplaced": [6.0, 12.0, 7.2]}
-    found = saved_with_substitutes(seconds)
+    to_dense = {"all_skipped": [0.7, 0.7, 0.7], "unreplaced": [0.6, 0.6, 0.6]}
+    found = saved_with_substitutes(to_dense)
     assert list(found.values()) == pytest.approx([0.75] * 3)
 
 

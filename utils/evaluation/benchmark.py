@@ -1,9 +1,10 @@
 """Speed and memory of prefill and decode, column by column, and the check that has to pass first.
 
-All columns read the same prompts and, in decode, go on with the same real text, so that they do equal work. They take
-turns, prompt by prompt in prefill and every few tokens in decode, in an order drawn anew for each repeat: what slows
-the machine down for a while slows them all, and ratios are taken within one repeat. What is measured is the model's
-forward, without tokenizer and sampling.
+All columns read the same prompts and, in decode, go on with the same real text, so that they do equal work. Each is
+measured beside the dense base, and the two take turns every few tokens of a decode: what slows the machine down for a
+while slows both, and ratios are taken within such a pair. So there are never more than two KV caches at a time. The
+order of pairs, and within them, is drawn anew for each repeat. What is measured is the model's forward, without
+tokenizer and sampling.
 """
 
 import random
@@ -29,7 +30,7 @@ BOUNDS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far logits of equal decisions may lie apart, relative to the largest, by dtype: rounding, summed over layers."""
 
 TURN = 8
-"""Decoded tokens after which it is the next column's turn."""
+"""Decoded tokens after which it is the other column's turn."""
 
 
 class CheckFailedError(Exception):
@@ -124,7 +125,7 @@ def measure_cell(
     """Time one batch size and prompt length.
 
     Args:
-        columns: of `make_columns`.
+        columns: of `make_columns`, the dense one first.
         token_ids: int64 [tokens], the text that prompts are cut from.
         batch: number of prompts.
         length: tokens of each.
@@ -139,22 +140,25 @@ def measure_cell(
     device = columns[0].model.device
     input_ids = cut_prompts(token_ids, batch, length + decode_tokens).to(device)
     stopwatch, shuffle = Stopwatch(device), random.Random(0)
-    seconds = {phase: {column.name: [] for column in columns} for phase in ("prefill", "decode")}
+    dense, *others = columns
     facts = {column.name: _observe(column, input_ids, length) for column in columns}
+    seconds = {phase: {column.name: [] for column in columns} for phase in ("prefill", "decode")}
+    to_dense = {phase: {column.name: [] for column in others} for phase in seconds}
     for repeat in range(repeats + 1):
-        order = shuffle.sample(columns, k=len(columns))
-        caches = {column.name: column.make_cache() for column in columns}
-        prefill = {c.name: stopwatch.time(partial(_prefill, c, input_ids[:, :length], caches)) for c in order}
-        decode = dict.fromkeys(prefill, 0.0)
-        for start in range(length, length + decode_tokens, TURN):
-            tokens = input_ids[:, start : start + TURN]
-            for column in order:
-                decode[column.name] += stopwatch.time(partial(_decode, column, tokens, caches))
+        of_dense = {phase: [] for phase in seconds}
+        for column in shuffle.sample(others, k=len(others)):
+            pair = _time_pair(shuffle.sample([dense, column], k=2), input_ids, length, stopwatch)
+            for phase, taken in pair.items():
+                of_dense[phase].append(taken["dense"])
+                if repeat > 0 and taken["dense"]:
+                    seconds[phase][column.name].append(taken[column.name])
+                    to_dense[phase][column.name].append(taken[column.name] / taken["dense"])
         if repeat > 0:
-            for column in columns:
-                seconds["prefill"][column.name].append(prefill[column.name])
-                seconds["decode"][column.name].append(decode[column.name])
+            for phase, each in of_dense.items():
+                seconds[phase]["dense"].append(statistics.median(each))
         progress()
+    for of in to_dense.values():
+        of["dense"] = [1.0] * repeats
     model = columns[0].model
     settings = next(column.model.config.mod_settings for column in columns if column.routed)
     tokens = {"prefill": batch * length, "decode": batch * decode_tokens}
@@ -163,7 +167,7 @@ def measure_cell(
         routers["decode"] = decode_tokens * router_seconds(columns, batch, 1, stopwatch, repeats)
     skippable = {phase: skippable_share(model.config, settings, length, phase == "decode") for phase in tokens}
     with_substitutes = {
-        phase: saved_with_substitutes(seconds[phase]) for phase in tokens if tokens[phase] and settings.substitute
+        phase: saved_with_substitutes(to_dense[phase]) for phase in tokens if tokens[phase] and settings.substitute
     }
     return {
         "batch": batch,
@@ -175,7 +179,9 @@ def measure_cell(
         "columns": {
             column.name: facts[column.name]
             | {
-                phase: summarize(column.name, seconds[phase], tokens[phase], facts, skippable[phase])
+                phase: summarize(
+                    column.name, seconds[phase][column.name], to_dense[phase], tokens[phase], facts, skippable[phase]
+                )
                 for phase in tokens
                 if tokens[phase]
             }
@@ -185,51 +191,58 @@ def measure_cell(
 
 
 def summarize(
-    name: str, seconds: dict[str, list[float]], tokens: int, facts: dict[str, dict[str, Any]], skippable: float
+    name: str,
+    seconds: Sequence[float],
+    to_dense: dict[str, list[float]],
+    tokens: int,
+    facts: dict[str, dict[str, Any]],
+    skippable: float,
 ) -> dict[str, Any]:
     """Turn the seconds of a phase into what the table shows of one column.
 
     Args:
         name: the column.
-        seconds: column -> seconds of each repeat.
+        seconds: its own, of each repeat.
+        to_dense: column -> in each repeat, its seconds relative to those that the dense base took beside it.
         tokens: processed in a repeat.
         facts: column -> share executed and the like.
         skippable: share of the routed branch's arithmetic that skipping an input saves.
 
     Returns:
-        Seconds, tokens per second, time relative to dense and to the oracle (ratios within one repeat), and the share
+        Seconds, tokens per second, time relative to dense and to the oracle (ratios within one pair, and of two pairs
+        of one repeat), and the share
         that was reached of the time that skipping should save: by arithmetic the oracle's saving times the share
         skipped (`saving_reached`), and, for random decisions, what the plain branch saves on this machine when it is
         given as few inputs (`saving_reached_of_share_alone`).
     """
-    own, dense, oracle = (np.asarray(seconds[column]) for column in (name, "dense", "oracle"))
+    own, oracle = (np.asarray(to_dense[column]) for column in (name, "oracle"))
     result = {
-        "seconds": median_with_interval(own),
-        "tokens_per_second": tokens / float(np.median(own)),
-        "to_dense": median_with_interval(own / dense),
+        "seconds": median_with_interval(seconds),
+        "tokens_per_second": tokens / float(np.median(seconds)),
+        "to_dense": median_with_interval(own),
         "to_oracle": median_with_interval(own / oracle),
-        "raw_seconds": own.tolist(),
+        "raw_seconds": list(seconds),
     }
     share = facts[name].get("share_executed")
     if share is not None and share < 1:
         references = {"saving_reached": (oracle, (1 - share) * skippable)}
         if name == "random":
-            references["saving_reached_of_share_alone"] = (np.asarray(seconds["share_alone"]), 1.0)
+            references["saving_reached_of_share_alone"] = (np.asarray(to_dense["share_alone"]), 1.0)
         for key, (reference, part) in references.items():
-            reached = with_interval(partial(_saving_reached, part=part), own / dense, reference / dense)
+            reached = with_interval(partial(_saving_reached, part=part), own, reference)
             if np.isfinite(list(reached.values())).all():
                 result[key] = reached
     return result
 
 
-def saved_with_substitutes(seconds: dict[str, list[float]]) -> dict[str, float]:
+def saved_with_substitutes(to_dense: dict[str, list[float]]) -> dict[str, float]:
     """Return which share of the time that is saved where everything is skipped substitutes leave, with its interval.
 
     Args:
-        seconds: column -> seconds of each repeat.
+        to_dense: column -> in each repeat, its seconds relative to those of the dense base.
     """
-    dense, own, without = (np.asarray(seconds[name]) for name in ("dense", "all_skipped", "unreplaced"))
-    return with_interval(partial(_saving_reached, part=1.0), own / dense, without / dense)
+    own, without = (np.asarray(to_dense[name]) for name in ("all_skipped", "unreplaced"))
+    return with_interval(partial(_saving_reached, part=1.0), own, without)
 
 
 def _saving_reached(own_to_dense: np.ndarray, reference_to_dense: np.ndarray, part: float) -> np.ndarray:
@@ -324,6 +337,21 @@ def _observe(column: Column, input_ids: torch.Tensor, length: int) -> dict[str, 
         gates = outputs[0].router_gates
         facts["share_executed"] = float(over_routers(column.model, gates.flatten(1).double().mean(dim=1)))
     return facts
+
+
+def _time_pair(
+    pair: Sequence[Column], input_ids: torch.Tensor, length: int, stopwatch: Stopwatch
+) -> dict[str, dict[str, float]]:
+    """Prefill `length` tokens with two columns and decode the others; returns phase -> column -> seconds."""
+    caches = {column.name: column.make_cache() for column in pair}
+    prompts = input_ids[:, :length]
+    prefill = {column.name: stopwatch.time(partial(_prefill, column, prompts, caches)) for column in pair}
+    decode = dict.fromkeys(prefill, 0.0)
+    for start in range(length, input_ids.shape[1], TURN):
+        for column in pair:
+            tokens = input_ids[:, start : start + TURN]
+            decode[column.name] += stopwatch.time(partial(_decode, column, tokens, caches))
+    return {"prefill": prefill, "decode": decode}
 
 
 def _prefill(column: Column, input_ids: torch.Tensor, caches: dict[str, Any]) -> Any:

@@ -10,7 +10,8 @@ from torch import nn
 from utils.model.configuration_mod import Place, place_name
 from utils.model.costs import budget, capacity_of, capacity_weights
 
-from .losses import executed_inputs
+from .batches import supervised
+from .losses import executed_inputs, next_token_nll
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,14 @@ def loss_and_capacity(
         route: False runs the dense base, of which there are no shares.
     """
     total = tokens = inputs = 0.0
+    head = model.get_output_embeddings()
     ran = torch.zeros(len(model.config.mod_settings.places))
     for batch in batches:
-        count = float((batch["labels"][:, 1:] != -100).sum())
-        output = model(**batch, use_cache=False, route=route)
-        total, tokens = total + count * float(output.loss), tokens + count
+        inputs_of = {name: batch[name] for name in ("input_ids", "attention_mask", "token_mask") if name in batch}
+        # logits of the supervised tokens alone, some at a time: those of all would take more than the model
+        positions, targets = supervised(batch["labels"])
+        output = model(**inputs_of, states_at=positions, use_cache=False, route=route)
+        total, tokens = total + float(next_token_nll(output.states, head, targets)), tokens + len(positions)
         if route:
             executed, sizes = executed_inputs(output.router_gates, batch["attention_mask"])
             ran, inputs = ran + executed.sum(dim=1).cpu(), inputs + float(sizes.sum())
