@@ -27,6 +27,7 @@ def main() -> int | None:
     from utils.model.lora import holds_adapter
     from utils.model.tokenizer_match import check_positions
     from utils.pipeline.arguments import parse_arguments
+    from utils.pipeline.memory import check_memory
     from utils.pipeline.processes import TERMINATED, check_joined, check_started, on_main_process
     from utils.pipeline.run_directory import (
         agree_on_rows,
@@ -82,6 +83,7 @@ def main() -> int | None:
         train_set = at_most(train_set, training_args.regression_rows)
     if training_args.substitute != "none" and settings.substitute is None:
         check_enough(train_set["length"], config["hidden_size"])
+    check_memory(training_args, config, settings, max(train_set["length"]))
     model = prepare_model(model_args, training_args, model_dir, settings)
     trainer = make_trainer(model, training_args, tokenizer, train_set, eval_set, run)
     trainer.calibrate_on(calibration_set, ends_of_answers(tokenizer, data_args.chat_format))

@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState, PartialState
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -359,6 +360,10 @@ class _Functions(TorchFunctionMode):
         if func in (torch.Tensor.tolist, torch.Tensor.numpy) and isinstance(args[0], SimulatedTensor):
             EVENTS.synchronise(func.__name__)
             return func(args[0].values.detach(), *args[1:], **kwargs)
+        if func is torch.Tensor.backward:  # activations may be computed again in it
+            with self:
+                ones = (torch.ones_like(args[0]),)
+                return _engine_run_backward((args[0],), ones, False, False, (), True, accumulate_grad=True)
         attention = func is torch.nn.functional.scaled_dot_product_attention
         if attention and isinstance(args[0], SimulatedTensor) and not args[0].requires_grad:
             return self._one_kernel(func, args, kwargs)
@@ -516,6 +521,7 @@ def trainer_on_gpu() -> Iterator[None]:
 def simulated_gpus(count: int = 1) -> Iterator[Events]:
     """Have `count` CUDA devices within the block; yields what happens on them."""
     EVENTS.__init__()
+    _generator = torch.Generator  # draws are made on the CPU
     capable = SimpleNamespace(name="simulated", total_memory=80 * 2**30, major=9, minor=0, multi_processor_count=1)
     replaced = {
         "_lazy_init": lambda: None,
@@ -546,6 +552,7 @@ def simulated_gpus(count: int = 1) -> Iterator[Events]:
     with contextlib.ExitStack() as stack:
         for name, stand_in in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(patch.object(torch, "Generator", lambda device=None: _generator()))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # a backend in Python has no threads
         stack.enter_context(_Functions())
         stack.enter_context(_Dispatch())

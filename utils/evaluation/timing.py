@@ -5,14 +5,13 @@ clock on the wall; on a GPU it is the time between two CUDA events.
 """
 
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from utils.model.allocation import AllocatedBytes
 
 
 class Stopwatch:
@@ -75,33 +74,6 @@ def peak_memory(device: torch.device, call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    with _AllocatedBytes() as allocated:
+    with AllocatedBytes() as allocated:
         call()
     return allocated.peak
-
-
-class _AllocatedBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators return, and notes when they are released."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        known = {id(storage) for storage in _storages((args, kwargs))}  # of views and of what is written in place
-        for storage in _storages(result):
-            if id(storage) not in known:
-                known.add(id(storage))
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._release, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _release(self, size: int) -> None:
-        self.now -= size
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]

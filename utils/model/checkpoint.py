@@ -249,7 +249,7 @@ def check_base_weights(directory: str | Path, config: dict[str, Any]) -> dict[st
     directory = Path(directory)
     places = weight_map(directory)
     refuse_quantized(directory, config, places)
-    model = _meta_model(config, make_settings(config))
+    model = meta_model(config, make_settings(config))
     found = {n: f for n, f in places.items() if not ADDED_NAME.match(n) and not IGNORED_NAME.search(n)}
     weights = _named_as_in(found, model, model.state_dict())
     expected = {name: tuple(t.shape) for name, t in weights.items() if not ADDED_NAME.match(name)}
@@ -570,7 +570,7 @@ def write_checkpoint(
         if trained_base is None:
             mapping, how = _link_base(source_dir, staged, base_files, copy_base)
         else:
-            model = _meta_model(source_config, make_settings(source_config))
+            model = meta_model(source_config, make_settings(source_config))
             weights = _named_as_in(base_files, model, trained_base)
             # an expert's matrix is a part of its layer's, which safetensors refuses to write as it is
             weights = {
@@ -752,7 +752,12 @@ def complete_config(config: dict[str, Any], settings: MoDSettings) -> dict[str, 
         raise UserError(f"config.json: {_reason(error)}") from None
 
 
-def _meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Module:
+def meta_model(config: dict[str, Any], settings: MoDSettings) -> torch.nn.Module:
+    """Return the routed model of a `config.json` on the meta device, without weights.
+
+    Raises:
+        UserError: no model can be made of it.
+    """
     config_object = _config_object(config, settings)
     try:
         with torch.device("meta"):

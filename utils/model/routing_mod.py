@@ -118,6 +118,8 @@ class Routing:
             those of each token as well, int64 [batch, tokens, top_k].
         decisions: place -> what the router there decided in this forward, or at the prefill of the cache.
         room: where tokens are decided on, where no gradient is asked for; None for wherever it falls.
+        packed: rows may be packed, so attention is to know where tokens are. FlashAttention, where it is told, reads
+            that back from the device in every layer to see.
     """
 
     token_mask: torch.Tensor | None
@@ -126,6 +128,7 @@ class Routing:
     gate_rule: Callable[[Place, torch.Tensor], Decision] | None = None
     decisions: dict[Place, Decision] = field(default_factory=dict)
     room: Room | None = None
+    packed: bool = False
 
     def stacked(self, places: tuple[Place, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and gates of the routers, [routers, ...], on the device of the first one."""
@@ -163,7 +166,7 @@ class MoDRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the logits, float32 [...] or [..., num_experts], for `hidden_states` [..., hidden_size]."""
         device = hidden_states.device.type
-        if torch.is_autocast_enabled(device):
+        if autocasts(device):
             # entering a context costs more time than a decode step's product
             with torch.autocast(device, enabled=False):
                 return self._logits(hidden_states)
@@ -172,6 +175,11 @@ class MoDRouter(nn.Module):
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = nn.functional.linear(hidden_states.float(), self.weight.float())
         return logits if self.num_experts else logits.squeeze(-1)
+
+
+def autocasts(device: str) -> bool:
+    """Tell whether autocast is on for a type of device; torch (2.13) can't be asked about `meta`, which has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def mean_over_tokens(hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

@@ -177,9 +177,10 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if self.capacity_control is not None:
             rule = self.capacity_control.rule(inputs["input_ids"], _mask(inputs), real)
         outputs = self._forward(model, inputs, rule)
-        if self._teacher is not None:
-            teacher = self._teacher.states(inputs["input_ids"], inputs["positions"])
-        loss, nll, divergence = self._loss(outputs.states, targets, teacher)
+        with self.accelerator.autocast():  # accelerate's own, of the model's forward, ends before the head
+            if self._teacher is not None:
+                teacher = self._teacher.states(inputs["input_ids"], inputs["positions"])
+            loss, nll, divergence = self._loss(outputs.states, targets, teacher)
         executed, sizes = executed_inputs(outputs.router_gates, mask)
         if "real" in inputs:
             executed, sizes = executed * inputs["real"], sizes * inputs["real"]
@@ -402,7 +403,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
         if self._route and isinstance(control, BudgetControl) and control.means is not None:
             rule = control.settled_rule()  # by what training has come to
         outputs = self._forward(model, inputs, rule)
-        nll, *_ = self._loss(outputs.states, targets)
+        with self.accelerator.autocast():
+            nll, *_ = self._loss(outputs.states, targets)
         loss = nll / tokens
         if self._route:
             executed, sizes = executed_inputs(outputs.router_gates, inputs.get("attention_mask"))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.model.routing_mod import Routing
+from utils.model.routing_mod import Routing, autocasts
 
 from .losses import ROWS_OF_LOGITS
 
@@ -98,7 +98,7 @@ def distilled_nll(
         weight: of the divergence, from 0 to 1.
     """
     table, device = head.weight, states.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         states, teacher, table = states.to(dtype), teacher.to(dtype), table.to(dtype)
     return _DistilledNLL.apply(states, table, teacher, targets, weight)

@@ -13,6 +13,8 @@ they are cut into micro-batches, processes and accumulation steps. Other control
 
 import torch
 
+from utils.model.routing_mod import autocasts
+
 ROWS_OF_LOGITS = 256
 """Rows of logits that are computed at once: enough for a fast product, 50 MB at SmolLM2's vocabulary in float32."""
 
@@ -30,7 +32,7 @@ def next_token_nll(states: torch.Tensor, head: torch.nn.Linear, targets: torch.T
         targets: int64 [positions]; -100 does not count.
     """
     weight, device = head.weight, states.device.type
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         states, weight = states.to(dtype), weight.to(dtype)
     return _NextTokenNLL.apply(states, weight, targets)

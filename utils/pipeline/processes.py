@@ -72,12 +72,24 @@ def zero_stage() -> int:
     """
     if not deepspeed_was_asked_for():
         return 0
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if path == "none":
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") == "none":
         return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    return int(_zero_config().get("stage", 0))
+
+
+def zero_offloads() -> bool:
+    """Tell whether the DeepSpeed config that the launcher was given keeps weights or optimizer in the host's memory."""
+    if not deepspeed_was_asked_for() or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") == "none":
+        return False
+    return any(name.startswith("offload_") for name in _zero_config())
+
+
+def _zero_config() -> dict[str, Any]:
+    path = os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-        return int(config.get("zero_optimization", {}).get("stage", 0))
+        config = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
+        int(config.get("stage", 0))
+        return config
     except OSError as error:
         raise UserError(
             f"deepspeed_config_file {path}: {error.strerror}; there are some in configs/deepspeed"
