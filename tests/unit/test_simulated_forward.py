@@ -15,6 +15,9 @@ from model_zoo import (
     texts,
 )
 from simulated_gpu import DeviceMismatchError, SynchronisedError, place, real, simulated_gpus
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from utils.model.configuration_mod import ALL_GRANULARITIES, GRANULARITIES
 
@@ -65,7 +68,7 @@ def test_one_device_gives_what_the_cpu_gives(arch, granularity):
 
 @torch.no_grad()
 def syncs_of_a_decode_step(granularity, execution, batch=3):
-    """Return the synchronisations of a decode step after the first, and the kernels."""
+    """Return the synchronisations of a decode step after the first."""
     model = make_model("llama", granularity)
     with simulated_gpus() as events:
         place(model)
@@ -74,28 +77,28 @@ def syncs_of_a_decode_step(granularity, execution, batch=3):
         model(tokens[:, 5:6], past_key_values=cache, execution=execution)
         events.clear()
         model(tokens[:, 6:7], past_key_values=cache, execution=execution)
-        return dict(events.syncs), events.kernels.total()
+        return dict(events.syncs)
 
 
 @pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name.endswith("sequence")])
 def test_a_decode_step_by_sequence_waits_for_nothing(granularity):
-    assert syncs_of_a_decode_step(granularity, "sparse")[0] == {}
+    assert syncs_of_a_decode_step(granularity, "sparse") == {}
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_masked_decode_step_waits_for_nothing(granularity):
-    assert syncs_of_a_decode_step(granularity, "dense")[0] == {}
+    assert syncs_of_a_decode_step(granularity, "dense") == {}
 
 
 @pytest.mark.parametrize("granularity", [name for name in GRANULARITIES if name.endswith("token")])
-def test_a_sparse_decode_step_by_token_waits_once_for_each_routed_layer(granularity):
-    syncs, _ = syncs_of_a_decode_step(granularity, "sparse")
-    assert sum(syncs.values()) == len(LAYERS)
+def test_a_sparse_decode_step_by_token_waits_once_for_each_router(granularity):
+    syncs = syncs_of_a_decode_step(granularity, "sparse")
+    assert sum(syncs.values()) == len(LAYERS) * (2 if granularity.startswith("attn_mlp") else 1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("granularity", ALL_GRANULARITIES)
-def test_prefill_waits_once_for_each_routed_layer(granularity):
+def test_prefill_waits_once_for_each_router(granularity):
     model = make_model("mixtral" if granularity == "expert_token" else "llama", granularity)
     with simulated_gpus() as events:
         place(model)
@@ -103,7 +106,7 @@ def test_prefill_waits_once_for_each_routed_layer(granularity):
         events.clear()
         model(tokens, use_cache=False)
         of_routing = {what: count for what, count in events.syncs.items() if "routing_mod" in what}
-        assert sum(of_routing.values()) == len(LAYERS)
+        assert sum(of_routing.values()) == len(model.mod_settings.places)
 
 
 class TestSimulator:
@@ -189,3 +192,29 @@ class TestSimulator:
             assert torch.cuda.is_available()
             raise ZeroDivisionError
         assert not torch.cuda.is_available() or torch.version.cuda
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("execution", ["dense", "sparse"])
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token"])
+def test_routed_layers_tell_attention_positions_only_where_rows_may_be_packed(granularity, execution):
+    """FlashAttention reads positions back from the device, in every layer, to see whether rows are packed."""
+    told = {}
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        told[module.layer_idx] = kwargs.get("position_ids")
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("tells", attend)
+    AttentionMaskInterface.register("tells", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = make_model("llama", granularity)
+    model.config._attn_implementation = "tells"
+    tokens, positions = random_tokens(1, 6), torch.arange(6)[None]
+    cache = model(tokens, execution=execution, use_cache=True, position_ids=positions).past_key_values
+    model(tokens[:, :1], past_key_values=cache, position_ids=torch.tensor([[6]]), execution=execution)
+    model(tokens, execution=execution, use_cache=False)
+    assert all(told[layer] is None for layer in LAYERS if layer in told)
+    assert any(layer in told for layer in LAYERS)
+    if granularity.endswith("token"):
+        model(tokens, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), execution=execution, use_cache=False)
+        assert all(told[layer] is not None for layer in LAYERS)

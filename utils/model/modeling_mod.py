@@ -110,7 +110,7 @@ class MoDDecoderLayerMixin:
         """Run the layer on `hidden_states` [batch, tokens, hidden_size]; the rest as the base layer takes it."""
         attention_kwargs = {
             "attention_mask": attention_mask,
-            "position_ids": position_ids,
+            "position_ids": position_ids if routing.packed else None,
             "past_key_values": None if isinstance(past_key_values, NoCache) else past_key_values,
             "use_cache": use_cache,
             "position_embeddings": position_embeddings,
@@ -321,6 +321,7 @@ class MoDModelMixin(MoDPreTrainedMixin):
         if routing is None:
             of_call = {"position_ids": position_ids, "past_key_values": past_key_values, **kwargs}
             routing = self.make_routing(inputs, attention_mask, execution=None, **of_call)
+            routing.packed = position_ids is not None and past_key_values is None
         past_key_values, use_cache = self.make_cache(inputs, past_key_values, use_cache, routing)
         plain = attention_mask is None and position_ids is None and past_key_values is None and not use_cache
         if plain and not self.is_activation_checkpointing:
@@ -410,6 +411,7 @@ class MoDForCausalLMMixin(MoDGenerationMixin, MoDPreTrainedMixin):
             routing.gate_rule = gate_rule
         else:
             routing = Routing(token_mask=None, sparse=False, enabled=False)
+        routing.packed = position_ids is not None and past_key_values is None
         inner_kwargs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
