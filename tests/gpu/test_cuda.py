@@ -1,5 +1,6 @@
 """What only a CUDA device can show: sparse equals dense on its kernels, and the training command's defaults there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -32,9 +33,12 @@ def base_dir(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.25)])
+@pytest.mark.parametrize(
+    ("dtype", "bound", "margin"),
+    [(torch.float32, 1e-3, 1e-5), (torch.float16, 0.05, 5e-3), (torch.bfloat16, 0.25, 3e-2)],
+)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_sparse_equals_dense_and_routers_stay_float32(base_dir, granularity, dtype, bound):
+def test_sparse_equals_dense_and_routers_stay_float32(base_dir, granularity, dtype, bound, margin):
     settings = make_settings(read_config(base_dir), mod_n=4, granularity=granularity)
     model = load_mod_model(base_dir, settings, dtype=dtype).cuda().eval()
     for router in model.router_modules().values():
@@ -46,9 +50,19 @@ def test_sparse_equals_dense_and_routers_stay_float32(base_dir, granularity, dty
     with torch.no_grad():
         sparse = model(tokens, attention_mask=mask, execution="sparse", use_cache=False)
         dense = model(tokens, attention_mask=mask, execution="dense", use_cache=False)
-    assert torch.equal(sparse.router_gates, dense.router_gates)
+    assert sparse.logits.device.type == dense.logits.device.type == "cuda"
+    assert sparse.logits.dtype == dense.logits.dtype == dtype
+    # rounding depends on the rows that are computed together, so near its threshold a score may fall to either side
+    threshold = model.config.mod_settings.threshold
+    near = (dense.router_scores - threshold).abs() <= margin
+    flipped = sparse.router_gates != dense.router_gates
+    assert not (flipped & ~near).any()
+    assert near.float().mean() < 0.5  # else this would say little
     assert 0 < sparse.router_gates.mean() < 1
-    difference = (sparse.logits - dense.logits).float().abs()[mask.bool()]
+    # places and rows that decided alike; of a row with another decision somewhere nothing is known
+    alike = ~flipped.movedim(1, 0).flatten(1).any(dim=1)
+    difference = (sparse.logits - dense.logits).float().abs()[mask.bool() & alike[:, None]]
+    assert alike.any()
     assert difference.max() <= bound
 
 
@@ -64,4 +78,6 @@ def test_the_training_command_uses_the_gpu_and_bfloat16(base_dir, repository, sm
     for command in (["data/reformat_datasets.py", *rows], ["finetune/finetune_mod.py", *train]):
         command = [sys.executable, str(repository / "entrypoints" / command[0]), *map(str, command[1:])]
         subprocess.run(command, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["identity"]["device"] == "cuda"
     assert all(router.dtype == torch.float32 for router in load_file(tmp_path / "out/routers.safetensors").values())
