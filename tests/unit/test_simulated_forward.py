@@ -7,6 +7,7 @@ import pytest
 import torch
 from model_zoo import (
     LAYERS,
+    NUM_LAYERS,
     make_pair,
     pad,
     random_tokens,
@@ -14,7 +15,7 @@ from model_zoo import (
     randomize_substitutes,
     texts,
 )
-from simulated_gpu import DeviceMismatchError, SynchronisedError, place, real, simulated_gpus
+from simulated_gpu import DeviceMismatchError, SynchronisedError, place, real, simulated_gpus, split_at
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,6 +24,7 @@ from utils.model.configuration_mod import ALL_GRANULARITIES, GRANULARITIES
 
 CASES = [("llama", granularity) for granularity in GRANULARITIES] + [("mixtral", "expert_token")]
 LINEAR = {"kind": "linear", "rank": 3}
+SPLITS = range(1, NUM_LAYERS)
 
 
 def make_model(arch, granularity, **settings):
@@ -64,6 +66,29 @@ def test_one_device_gives_what_the_cpu_gives(arch, granularity):
     expected = answers(model)
     with simulated_gpus():
         assert_same(answers(place(copy.deepcopy(model)), "cuda:0"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "granularity"), CASES)
+def test_a_model_that_is_split_at_any_layer_gives_what_a_whole_one_gives(arch, granularity):
+    model = make_model(arch, granularity, substitute=LINEAR)
+    expected = answers(model)
+    for first in SPLITS:
+        with simulated_gpus(2):
+            assert_same(answers(split_at(copy.deepcopy(model), first), "cuda:0"), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("arch", "granularity"), CASES)
+def test_a_model_that_is_split_between_its_routed_layers_decides_as_a_whole_one(arch, granularity):
+    model = make_model(arch, granularity)
+    input_ids, mask = pad(texts((7, 4, 5)), "left")
+    expected = model(input_ids, attention_mask=mask)
+    with simulated_gpus(2):
+        split_at(model, LAYERS[1])
+        output = model(input_ids.to("cuda"), attention_mask=mask.to("cuda"))
+        torch.testing.assert_close(real(output.logits), expected.logits, atol=1e-4, rtol=1e-4)
+        assert torch.equal(real(output.router_gates), expected.router_gates)
 
 
 @torch.no_grad()
