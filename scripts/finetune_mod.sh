@@ -35,7 +35,7 @@ if [[ "$RECIPE" == paper ]]; then
   TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
   if [[ "$FOLDER_NAME" == smollm2-135m-mod ]]; then GRANULARITY="${GRANULARITY:-attn_sequence}"; fi
 fi
-TARGET_CAPACITY="${TARGET_CAPACITY:-0.7}"
+TARGET_CAPACITY="${TARGET_CAPACITY:-0.6}"
 GRANULARITY="${GRANULARITY:-}"
 
 # How it is learned

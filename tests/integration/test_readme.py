@@ -1,4 +1,4 @@
-"""Every command of the README runs, in a copy of the repository with tiny data and a tiny base model.
+"""Every command of the READMEs runs, in a copy of the repository with tiny data and a tiny base model.
 
 What needs a GPU, the hub or many minutes is run as far as it goes without: `DRY_RUN=1`, `--help`, or its arguments
 checked by the program itself.
@@ -16,7 +16,9 @@ import pytest
 import torch
 from commands import run
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PLACES = ("", "scripts", "utils/pipeline", "utils/model", "utils/evaluation", "data", "configs/reproduce")
+README = "\n".join((ROOT / place / "README.md").read_text(encoding="utf-8") for place in PLACES)
 LINES = [
     line.split(" #")[0].strip()
     for block in re.findall(r"^```bash\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -117,6 +119,17 @@ def test_python_code(copy):
     (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     result = start(copy, f"python -c {shlex.quote(code + 'print(tuple(output.router_gates.shape))')}")
     assert result.stdout.strip().splitlines()[-1] == "(3, 1)"
+
+
+def test_the_first_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_links_and_pictures_are_there(place):
+    text = (ROOT / place / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        assert (ROOT / place / link).exists(), link
 
 
 @pytest.mark.parametrize("path", NAMED_PATHS)
