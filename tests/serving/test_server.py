@@ -251,4 +251,6 @@ def test_sigterm_while_it_answers_ends_it(client, server):
     next(iter(stream))
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(120) in (0, 143, -signal.SIGTERM)
-    assert "Traceback" not in server.log.read_text()
+    # where the answer outlasts the server's grace, uvicorn reports that it was cancelled
+    tracebacks = server.log.read_text().split("Traceback (most recent call last):")[1:]
+    assert all("CancelledError" in traceback for traceback in tracebacks), tracebacks
