@@ -30,6 +30,10 @@ def parse_arguments() -> Namespace:
         "--merge_lora", type=Path, help="instead of a base: output directory of a run with --use_lora, to be merged"
     )
     parser.add_argument(
+        "--routers", help="hub name or folder of routers that publish.py has made, to be put on their base"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of --routers")
+    parser.add_argument(
         "--upcycle",
         type=int,
         metavar="N",
@@ -54,10 +58,16 @@ def main() -> None:
         raise UserError(f"folder_name {args.folder_name!r} must be a plain name, of a folder under {args.ckpt_root}")
     if args.reuse and (args.overwrite or args.upcycle is not None or args.merge_lora is not None):
         raise UserError("reuse excludes overwrite, upcycle and merge_lora, which write a checkpoint anew")
+    if args.revision is not None and args.routers is None:
+        raise UserError("revision is of --routers, which is not given")
+    if args.routers is not None and (args.reuse or args.merge_lora is not None):
+        raise UserError("routers excludes reuse and merge_lora")
     output_dir = args.ckpt_root / args.folder_name
     with sole_writer(output_dir, wait=True):
         if args.merge_lora is not None:
             merge(args, output_dir)
+        elif args.routers is not None:
+            assemble(args, output_dir)
         else:
             build(args, output_dir)
     print(output_dir)
@@ -118,6 +128,32 @@ def build(args: Namespace, output_dir: Path) -> None:
     logging.info("base weights: %s", how)
     if end_generation_at(output_dir, stops):
         logging.info("generation_config.json: generation ends at %s", tokenizer.convert_ids_to_tokens(stops))
+
+
+def assemble(args: Namespace, output_dir: Path) -> None:
+    """Write the checkpoint of published routers, on their base."""
+    from utils.data.chat_format import ends_of_turn
+    from utils.model.base_models import resolve_base_model
+    from utils.model.checkpoint import load_tokenizer, read_config
+    from utils.model.publishing import assemble as put_on_base
+    from utils.model.publishing import fetch
+    from utils.model.tokenizer_match import end_generation_at, stop_tokens
+
+    for name in ("mod_n", "granularity", "threshold", "upcycle"):
+        if getattr(args, name) is not None:
+            raise UserError(f"{name} and routers exclude each other: trained routers have their own")
+    if output_dir.exists() and not args.overwrite:
+        raise UserError(f"{output_dir} is there already; choose another --folder_name, or --overwrite it")
+    routers_dir = fetch(args.routers, args.revision)
+    base_model = args.base_model or read_config(routers_dir).get("mod", {}).get("base_model")
+    if not base_model:
+        raise UserError(f"routers {args.routers}: they name no base; give --base_model")
+    base_dir = resolve_base_model(base_model)
+    tokenizer = load_tokenizer(base_dir)
+    stops = stop_tokens(base_dir, tokenizer, ends_of_turn(tokenizer))
+    how = put_on_base(routers_dir, base_dir, output_dir, copy_base=args.save_base == "copy")
+    logging.info("routers of %s on %s: base weights: %s", args.routers, base_model, how)
+    end_generation_at(output_dir, stops)
 
 
 def refuse_other_base(base_model: str, base_dir: Path, output_dir: Path) -> None:

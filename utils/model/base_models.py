@@ -9,6 +9,8 @@ It does not load models and does not check their architecture.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.io.errors import UserError
@@ -188,6 +190,37 @@ def _download(name: str, revision: str | None) -> Path:
         UserError: the hub answers, but not with this model.
     """
     from huggingface_hub import HfApi, snapshot_download
+
+    with asking_the_hub(f"base model {name!r}", name, revision, or_else=f", or {NAME_A_FOLDER}"):
+        # Asked first because it is the one call with a time limit: `snapshot_download` waits without end for a hub
+        # that accepts connections and does not answer (huggingface_hub 2.4).
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+        logger.info("base model %s: downloading from the hub", name)
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
+            )
+        )
+    problem = _what_is_missing(folder)
+    if problem:
+        raise UserError(f"base model {name!r} on the hub {problem}; {NAME_A_FOLDER}")
+    return folder
+
+
+@contextmanager
+def asking_the_hub(what: str, name: str, revision: str | None = None, or_else: str = "") -> Iterator[None]:
+    """Turn what the hub answers within the block into errors of one line.
+
+    Args:
+        what: is asked for, as the beginning of a sentence.
+        name: of the repository.
+        revision: that is asked for.
+        or_else: another way out, as the end of a sentence.
+
+    Raises:
+        HubUnreachableError: no connection, no answer in time, or one that is not the hub's.
+        UserError: the hub answers, but not with this.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -198,25 +231,17 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     try:
-        # Asked first because it is the one call with a time limit: `snapshot_download` waits without end for a hub
-        # that accepts connections and does not answer (huggingface_hub 2.4).
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
-        logger.info("base model %s: downloading from the hub", name)
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
-            )
-        )
+        yield
     except GatedRepoError as error:
         raise UserError(
-            f"base model {name!r} is gated: accept its licence at https://huggingface.co/{name}, run `hf auth login` "
-            f"with a token of that account and try again, or {NAME_A_FOLDER}"
+            f"{what} is gated: accept its licence at https://huggingface.co/{name}, run `hf auth login` with a token "
+            f"of that account and try again{or_else}"
         ) from error
     except RevisionNotFoundError as error:
-        raise UserError(f"base model {name!r} has no revision {revision!r} on the hub") from error
+        raise UserError(f"{what} has no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"base model {name!r}: there is no such folder here and no such model on the hub that you may see "
+            f"{what}: there is no such folder here and no such model on the hub that you may see "
             f"(for a private one run `hf auth login`)"
         ) from error
     except OfflineModeIsEnabled as error:
@@ -227,10 +252,6 @@ def _download(name: str, revision: str | None) -> Path:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # the disk, not the network
         raise HubUnreachableError(_first_line(error)) from error
-    problem = _what_is_missing(folder)
-    if problem:
-        raise UserError(f"base model {name!r} on the hub {problem}; {NAME_A_FOLDER}")
-    return folder
 
 
 def _first_line(error: BaseException) -> str:
