@@ -33,6 +33,9 @@ ARGUMENTS_ONLY = {  # command -> what is added so that it ends after its argumen
     "bash scripts/data/download.sh": "--help",
     "bash scripts/evaluate.sh path/to/output --tasks piqa openbookqa --limit 200": "--help",  # its data is on the hub
     # each has a test of its own
+    "python entrypoints/checkpoint/publish.py path/to/output OWNER/NAME --base_model "
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "--help",
+    "python entrypoints/checkpoint/build_mod_checkpoint.py --folder_name from-hub-mod --routers OWNER/NAME": "--help",
     "bash scripts/serve.sh path/to/output": "--help",
     "python entrypoints/evaluation/harness.py run --model mod --model_args pretrained=path/to/output --tasks piqa "
     "--batch_size 16": "--help",
