@@ -89,8 +89,9 @@ def test_routers_are_published_and_put_on_a_base_from_elsewhere(hub, build, repo
     assert "held-out loss" in card
     assert str(workplace) not in "".join(content.decode("utf-8", "replace") for content in files.values())
 
-    build("--folder_name", "from-hub", "--routers", "me/routers", "--revision", COMMIT)
-    build("--folder_name", "from-folder", "--routers", "me/routers", "--base_model", workplace / "base", offline=True)
+    routers = "--routers", "me/routers", "--revision", COMMIT
+    build("--folder_name", "from-hub", *routers)
+    build("--folder_name", "from-folder", *routers, "--base_model", workplace / "base", offline=True)
     wanted = load_file(output / "routers.safetensors")
     for name in ("from-hub", "from-folder"):
         folder = tmp_path / "ckpt" / name
