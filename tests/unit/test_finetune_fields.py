@@ -88,7 +88,7 @@ def test_only_one_of_two_targets_is_taken(tmp_path):
 
 
 def test_every_field_of_the_readme_has_wrong_values_here():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "scripts/README.md").read_text(encoding="utf-8")
     table = readme.partition("| variable | default | meaning |")[2].partition("\n\n")[0]
     fields = {
         name
