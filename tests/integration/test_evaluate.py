@@ -225,8 +225,8 @@ def test_the_command_prints_the_columns_goes_on_and_keeps_the_dense_base(evaluat
     assert error.count("RTE: done before") == 2  # dense and routed
     heads = out.splitlines()[0].split()
     assert heads == ["MMLU", "PIQA", "RTE", "GSM8K", "average", "(3)", "without", "RTE", "(2)"]
-    assert [line.split()[0] for line in out.splitlines()[1:8]] == [
-        *("dense", "+-", "routed", "+-", "capacity", "shots", "items")
+    assert [line.split()[0] for line in out.splitlines()[1:9]] == [
+        *("dense", "+-", "routed", "+-", "capacity", "skipped", "shots", "items")
     ]
     result = written(out)
     for name, row in result["rows"].items():
