@@ -30,7 +30,7 @@ def test_held_out_rows_of_the_sample_are_answered_and_written_down(use, workplac
     assert printed.out.count("\ndense: ") == printed.out.count("\nrouted: ") == 3
     # routers at zero keep everything
     row = printed.out.splitlines()[-2].replace(" ± ", "±").split()
-    assert row == ["tiny-mod", "1.000±0.000", "1.000±0.000", "0.000±0.000", "3"]
+    assert row == ["tiny-mod", "1.000±0.000", "1.000±0.000", "0.000±0.000", "0.000±0.000", "3"]
     written = json.loads(output.read_text())
     assert written["arguments"]["max_new_tokens"] == 4
     assert set(written["versions"]) == {"python", "torch", "transformers"}
