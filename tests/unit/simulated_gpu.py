@@ -133,7 +133,9 @@ class _Backend(_DummyBackendModule):
         pass
 
 
-_setup_privateuseone_for_python_backend(BACKEND, backend_module=_Backend())
+_backend = _Backend()
+_backend.__name__ = "simulated_cpu"  # transformers asks every device's module for its name
+_setup_privateuseone_for_python_backend(BACKEND, backend_module=_backend)
 
 
 class SimulatedTensor(torch.Tensor):
