@@ -224,6 +224,7 @@ def asking_the_hub(what: str, name: str, revision: str | None = None, or_else: s
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         HTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -232,6 +233,8 @@ def asking_the_hub(what: str, name: str, revision: str | None = None, or_else: s
 
     try:
         yield
+    except HFValidationError as error:
+        raise UserError(f"{what}: there is no such folder here, and it is no name on the hub, OWNER/NAME") from error
     except GatedRepoError as error:
         raise UserError(
             f"{what} is gated: accept its licence at https://huggingface.co/{name}, run `hf auth login` with a token "

@@ -55,7 +55,8 @@ class RouterTrainer(TrainingCheckpoints, Trainer):
 
     `L = (1 - a) L_task + a L_KL + lambda L_capacity`: with `a` 0 and the hinge it is Eq. 9 of the paper; `L_KL` is the
     KL divergence from the dense model (`distillation.py`), the budget's `L_capacity` is in `capacity_control.py`, and
-    what regression makes of `L` in `regression_control.py`.
+    what regression makes of `L` in `regression_control.py`. Substitutes add what they miss of what all rows begin with
+    (`substitutes.missed_of_beginning`).
 
     `train_sampler`, if given, orders the training rows instead of Trainer's own sampler.
 
