@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from utils.io.errors import UserError
 from utils.model.base_models import resolve_base_model
 from utils.model.embedded_model import EMBEDDED_MODEL, FOLDER_NAME, WHEEL_SHA256, find_embedded
+from utils.model.publishing import fetch, publish
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -380,3 +382,9 @@ def test_two_processes_and_a_killed_one_leave_one_whole_copy(repository: Path, t
     assert [stdout.splitlines()[-1] for stdout, _ in outputs] == [str(folder)] * 2
     assert sum("fetching the embedded default model" in stderr for _, stderr in outputs) == 1
     assert [f.name for f in folder.parent.iterdir()] == [FOLDER_NAME]
+
+
+def test_routers_whose_name_is_none_on_the_hub_are_refused_in_one_line(tmp_path):
+    for publish_or_fetch in (fetch, partial(publish, tmp_path)):
+        with pytest.raises(UserError, match="no name on the hub, OWNER/NAME"):
+            publish_or_fetch("bad name")
