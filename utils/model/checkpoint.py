@@ -404,7 +404,7 @@ def read_substitutes(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
     for file_path in (path, (path if path.is_dir() else path.parent) / SUBSTITUTES_FILE):
         if file_path.is_file():
             with _open_safetensors(file_path) as file:
-                names = [name for name in file.keys() if SUBSTITUTE_NAME.match(name)]  # noqa: SIM118
+                names = [name for name in file.keys() if SUBSTITUTE_NAME.match(name)]  # noqa: SIM118 - not a dict
                 if names:
                     return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     if (path / ROUTERS_FILE).is_file() or not (path / "config.json").is_file():
@@ -436,7 +436,7 @@ def read_routers(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     file_path = path / ROUTERS_FILE if path.is_dir() else path
     if file_path.is_file():
         with _open_safetensors(file_path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
     if not (path / "config.json").is_file() or not is_mod(config := read_config(path)):
         raise UserError(f"{path}: no {ROUTERS_FILE} there to start from")
     routers = {}

@@ -111,6 +111,7 @@ def _check_settings(args: argparse.Namespace, validate) -> None:
     try:
         validate(args)
         AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    # of what a user wrote; vLLM 0.32 raises each of these for some setting
     except (ValueError, TypeError, NotImplementedError, OSError, AssertionError) as error:
         if details := getattr(error, "errors", None):  # pydantic wraps what a check raised
             raise Refused("; ".join(each["msg"].removeprefix("Value error, ") for each in details())) from None
